@@ -1,0 +1,7 @@
+"""EfficientDet-D2."""
+
+from configs import default
+
+
+def get_config(dataset: str = 'shapes') -> default.ConfigDict:
+    return default.get_config('d2', dataset)

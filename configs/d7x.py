@@ -1,0 +1,9 @@
+"""EfficientDet-D7x."""
+
+from configs import default
+
+
+def get_config(dataset: str = 'shapes') -> default.ConfigDict:
+    config = default.get_config('d7x', dataset)
+    config.train.epochs = 600.0
+    return config

@@ -1,0 +1,113 @@
+"""Every key there is, with the value that is used where nothing says otherwise.
+
+`get_config('d3', 'voc2007')` is D3 with the data preset `voc2007`. A config imports no jax: it is data.
+"""
+# ruff: noqa: C408  # keywords read better than quoted keys
+
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from configs.scaling import SCALES
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 255 * (0.485, 0.456, 0.406)
+IMAGENET_STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
+
+# `:preset` behind a config's file name. `source` and the splits are explained in README.md, "Your own data".
+DATASETS = {
+    'shapes': dict(source='shapes', train_split='0:20000', eval_split='1000000:1000300'),
+    'voc2007': dict(source='tfds:voc/2007', train_split='train+validation', eval_split='test'),
+    'voc0712': dict(
+        source='tfds:voc/2007 + tfds:voc/2012', train_split='train+validation', eval_split='tfds:voc/2007@test'
+    ),
+    'coco2017': dict(source='tfds:coco/2017', train_split='train', eval_split='validation'),
+}
+
+
+def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whose keys no type checker knows
+    """The official training of the family's member `name`, with the data preset `dataset`."""
+    if dataset not in DATASETS:
+        raise ValueError(f'data preset {dataset!r} is unknown: choose one of {", ".join(DATASETS)}')
+    scale = SCALES[name]
+    lite = scale.backbone.startswith('lite')
+    return ConfigDict(
+        dict(
+            name=name,
+            seed=0,
+            image=dict(
+                size=(scale.image_size, scale.image_size),  # height, width of the network's input
+                mean=(127.0,) * 3 if lite else IMAGENET_MEAN,  # of 0..255, RGB
+                std=(128.0,) * 3 if lite else IMAGENET_STD,
+            ),
+            model=dict(
+                backbone=scale.backbone,
+                feature_network='bifpn',
+                fusion=scale.fusion,  # fast, softmax, sum
+                channels=scale.channels,
+                cells=scale.cells,
+                head_layers=scale.head_layers,
+                max_level=scale.max_level,  # levels P3..P{max_level}
+                stochastic_depth=scale.stochastic_depth,  # rate of the last block; it grows linearly from 0
+                anchors=dict(scale=scale.anchor_scale, octaves=3, aspect_ratios=(1.0, 2.0, 0.5)),
+                dtype='float32',  # of the computation; bfloat16 on TPU and GPU
+                remat=False,  # recompute activations in the backward pass: less memory, a third more time
+            ),
+            dataset=dict(
+                **DATASETS[dataset],
+                class_names=(),  # empty: taken from the data
+                category_ids=(),  # of the classes in COCO results; empty: taken from the data
+                max_boxes=100,  # per image, in training
+                threads=2,  # that decode and resize, per host
+                prefetch=16,  # batches
+            ),
+            augment=dict(scale=(0.1, 2.0), flip=True),
+            loss=dict(
+                alpha=0.25,
+                gamma=1.5,
+                label_smoothing=0.0,
+                delta=0.1,  # 1.0 is smooth-L1
+                box_weight=50.0,
+                iou_kind='',  # iou, giou, diou, ciou; empty: none
+                iou_weight=1.0,
+                l2=4e-5,  # on every kernel, part of the loss
+                match_threshold=0.5,  # IoU from which an anchor is positive
+            ),
+            train=dict(
+                epochs=300.0,
+                batch_size=64,  # over all devices
+                accumulate=1,  # split each batch into so many parts, one after the other
+                ema_decay=0.9998,  # reached by (1 + t) / (10 + t); 0: no average
+                init_from='',  # a work directory whose weights to start from
+                freeze='',  # regex on parameter paths, e.g. backbone: not trained ...
+                unfreeze_epoch=config_dict.placeholder(float),  # ... before this epoch; None: never trained
+            ),
+            optimizer=dict(
+                name='sgd',  # sgd, adam, adamw
+                momentum=0.9,  # sgd: momentum; adam, adamw: first moment
+                weight_decay=0.0,  # adamw's decoupled decay, on kernels
+                clip_norm=10.0,  # of each gradient, then of all together; 0: no clipping
+            ),
+            schedule=dict(
+                learning_rate=0.08,  # at batch 64; scaled in proportion where scale_with_batch
+                warmup_start=0.008,  # likewise
+                scale_with_batch=True,
+                warmup_epochs=1.0,
+                decay='cosine',  # cosine, step, constant
+                step_epochs=(200.0, 250.0),  # step: a tenth of the rate from each on
+            ),
+            eval=dict(
+                batch_size=32,
+                every_epochs=5.0,
+                pictures=8,  # detections beside ground truth, at each evaluation
+                per_class=True,  # boxes suppress their own class only
+                max_candidates=5000,  # before suppression
+                nms='gaussian',  # gaussian, hard
+                iou_threshold=0.5,
+                sigma=0.5,
+                score_threshold=0.001,
+                max_detections=100,
+            ),
+            checkpoint=dict(every_epochs=1.0, keep=2, best='eval/AP'),
+            log=dict(every_steps=20),
+        )
+    )

@@ -1,0 +1,7 @@
+"""EfficientDet-Lite0."""
+
+from configs import default
+
+
+def get_config(dataset: str = 'shapes') -> default.ConfigDict:
+    return default.get_config('lite0', dataset)

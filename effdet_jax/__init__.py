@@ -1,0 +1,1 @@
+"""EfficientDet in JAX: images go in at the left, boxes come out at the right (ARCHITECTURE.md)."""

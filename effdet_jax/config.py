@@ -1,0 +1,93 @@
+"""The config of a run: from the command line, on disk, and proof that every key of it is used."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from effdet_jax.errors import UserError
+from effdet_jax.records.files import write_atomically
+
+# May differ when a run continues: none of these changes what is learned.
+FREE_KEYS = ('log.', 'checkpoint.', 'eval.', 'dataset.threads', 'dataset.prefetch')
+
+
+class Recorded:
+    """A read-only view of a config that remembers which keys were read. Attribute access, as with the config itself."""
+
+    def __init__(self, config: ConfigDict) -> None:
+        self._values = {
+            key: Recorded(value) if isinstance(value, ConfigDict) else value for key, value in config.items()
+        }
+        self._read: set[str] = set()
+
+    def __getattr__(self, key: str) -> Any:
+        if key.startswith('_') or key not in self._values:
+            raise AttributeError(key)
+        self._read.add(key)
+        return self._values[key]
+
+    def unread(self) -> Iterator[str]:
+        """Dotted names of the keys that nothing has read."""
+        for key, value in self._values.items():
+            if isinstance(value, Recorded):
+                yield from (f'{key}.{inner}' for inner in value.unread())
+            elif key not in self._read:
+                yield key
+
+
+def refuse_unread(config: Recorded) -> None:
+    """Raises UserError where a key was read by nobody: an option that does nothing is a mistake."""
+    if unread := sorted(config.unread()):
+        raise UserError(f'nothing reads these config keys: {", ".join(unread)}; see configs/default.py for those there are')
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON sees it (lists for tuples), so that it can be compared with one that was read."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def save(config: ConfigDict, workdir: Path) -> None:
+    write_atomically(workdir / 'config.json', (json.dumps(to_json(config), indent=2) + '\n').encode())
+
+
+def load(workdir: Path) -> ConfigDict:
+    """The config that a work directory was trained with.
+
+    Raises:
+      UserError: where there is none, or it is damaged.
+    """
+    path = workdir / 'config.json'
+    if not path.is_file():
+        raise UserError(f'{path} does not exist: give the --workdir of a training run')
+    try:
+        return ConfigDict(json.loads(path.read_text(encoding='utf-8')))
+    except ValueError as error:
+        raise UserError(f'{path} is damaged ({error}): restore it from a checkpoint\'s config/') from error
+
+
+def refuse_another(config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError where the work directory belongs to a run with another config."""
+    if not (workdir / 'config.json').exists():
+        return
+    ours, theirs = (dict(flatten(c)) for c in (to_json(config), to_json(load(workdir))))
+    differences = [
+        f'{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now'
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and not key.startswith(FREE_KEYS)
+    ]
+    if differences:
+        raise UserError(
+            f'{workdir} belongs to a run with another config ({"; ".join(differences)}): choose another --workdir'
+        )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f'{prefix}{key}.')
+        else:
+            yield prefix + key, value

@@ -1,0 +1,245 @@
+"""The embedded dataset: pictures of shapes, drawn from an index alone. Nothing to download, never the same twice.
+
+Made so that only a detector that works can score: five classes that differ in outline and not in colour, sizes over
+almost three octaves, any rotation and proportion (so that height and width cannot be swapped), occlusion, shapes that
+leave the image, clutter that is no object. Drawing is done at twice the size in OpenCV's fixed-point arithmetic, random
+numbers are integers and uniform floats: the same picture on every machine.
+"""
+
+import colorsys
+import dataclasses
+import math
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from jaxtyping import Float
+
+from effdet_jax.data.example import Annotations, Example
+
+CLASS_NAMES: tuple[str, ...] = ('ellipse', 'rectangle', 'triangle', 'star', 'ring')
+
+
+def draw(index: int, size: int = 128) -> Example:
+    """Picture number `index` (>= 0) with 1 to 6 objects, RGB `size` x `size`; equal for equal arguments.
+
+    A box is tight around what is inside the image of the whole shape, be it covered or not, to half a pixel. At least
+    half of that is to be seen, and at most three tenths of the shape are outside.
+    """
+    rng = np.random.default_rng((_SEED, index))
+    canvas = _background(rng, _OVERSAMPLING * size)
+    things = _arrange(rng, _OVERSAMPLING * size)
+    shadow = rng.random() < 0.6
+    for thing in things:
+        if shadow:
+            _darken(canvas, thing)
+        _paint(rng, canvas, thing)
+    image = _photograph(rng, cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA))
+
+    boxes_M4 = np.array([thing.box for thing in things], np.float32) / _OVERSAMPLING
+    nowhere_M = np.zeros(len(things), bool)
+    annotations = Annotations(
+        image_id=index,
+        file_name='',
+        boxes_yxyx=boxes_M4,
+        labels=np.array([thing.label for thing in things], np.int32),
+        areas=(boxes_M4[:, 2] - boxes_M4[:, 0]) * (boxes_M4[:, 3] - boxes_M4[:, 1]),
+        is_crowd=nowhere_M,
+        is_difficult=nowhere_M,
+    )
+    return Example(image, annotations)
+
+
+_SEED = 20
+_OVERSAMPLING = 2
+_SHIFT = 4  # OpenCV reads points in sixteenths of a pixel
+_MIN_VISIBLE = 0.5
+_MAX_OUTSIDE = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class _Thing:
+    """One object on the canvas. `visible` is what later objects have left of `mask`, and is changed by them."""
+
+    label: int
+    outlines: list[np.ndarray]  # the second one is a hole
+    mask: np.ndarray
+    visible: np.ndarray
+    area: int
+    box: tuple[int, int, int, int]  # yxyx
+
+
+def _arrange(rng: np.random.Generator, size: int) -> list[_Thing]:
+    """Places 1 to 6 objects, later over earlier ones; a place where too much of anything is hidden is given up."""
+    things: list[_Thing] = []
+    for _ in range(rng.integers(1, 7)):
+        label = int(rng.integers(len(CLASS_NAMES)))
+        # one in twenty is small; the others are spread evenly over the octaves
+        low, high = (0.08, 0.12) if rng.random() < 0.05 else (0.14, 0.6)
+        radius = size * low * (high / low) ** rng.random() / 2
+        for _ in range(8):
+            thing = _place(rng, label, radius, size)
+            if thing is not None and all(_leaves_visible(thing, under) for under in things):
+                for under in things:
+                    under.visible[thing.mask > 0] = 0
+                things.append(thing)
+                break
+    return things or _arrange(rng, size)  # eight places outside the image in a row: try again
+
+
+def _place(rng: np.random.Generator, label: int, radius: float, size: int) -> _Thing | None:
+    """A shape with random proportion, rotation and place; None where too much of it would be outside."""
+    angle = rng.uniform(0, 2 * math.pi)
+    turn_22 = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    stretch_2 = radius * np.array([1, rng.uniform(0.6, 1)])
+    centre_2 = rng.uniform(0, size, 2)
+    outlines = [
+        np.rint(((outline_P2 * stretch_2) @ turn_22 + centre_2) * 2**_SHIFT).astype(np.int32)
+        for outline_P2 in _OUTLINES[label]
+    ]
+    mask = np.zeros((size, size), np.uint8)
+    cv2.fillPoly(mask, outlines, 255, cv2.LINE_8, _SHIFT)
+    area = cv2.countNonZero(mask)
+    whole, *hole = (cv2.contourArea(outline) / 4**_SHIFT for outline in outlines)
+    if area < (1 - _MAX_OUTSIDE) * (whole - sum(hole)):
+        return None
+    left, top, width, height = cv2.boundingRect(mask)
+    return _Thing(label, outlines, mask, mask.copy(), area, (top, left, top + height, left + width))
+
+
+def _leaves_visible(over: _Thing, under: _Thing) -> bool:
+    y1, x1, y2, x2 = over.box
+    hidden = cv2.countNonZero(cv2.bitwise_and(under.visible[y1:y2, x1:x2], over.mask[y1:y2, x1:x2]))
+    return cv2.countNonZero(under.visible) - hidden >= _MIN_VISIBLE * under.area
+
+
+def _paint(rng: np.random.Generator, canvas: np.ndarray, thing: _Thing) -> None:
+    """A fill that runs from one shade to another, often with an outline, never beyond the mask."""
+    y1, x1, y2, x2 = thing.box
+    ground, mask = canvas[y1:y2, x1:x2], thing.mask[y1:y2, x1:x2]
+    fill = _colour(rng, (0.45, 0.95), (0.4, 1.0))
+    mean_colour = np.array(cv2.mean(ground, mask)[:3])
+    if rng.random() < 0.06:
+        fill = mean_colour + np.where(mean_colour < 128, 34, -34)  # hard to tell from its ground
+    elif np.abs(fill - mean_colour).sum() < 150:
+        fill = np.where(mean_colour < 128, fill * 0.35 + 165, fill * 0.35)
+    patch = _wash(
+        [fill, fill * rng.uniform(0.6, 0.95)], rng.permutation(np.array([0, 0, 1, 1])).reshape(2, 2), ground.shape
+    )
+    if rng.random() < 0.5:
+        edge = fill * 0.45 if rng.random() < 0.5 else fill * 0.3 + 178
+        moved = [outline - np.array([x1, y1], np.int32) * 2**_SHIFT for outline in thing.outlines]
+        thickness = max(2, round(canvas.shape[0] * rng.uniform(0.01, 0.022)))
+        cv2.polylines(patch, moved, True, edge.tolist(), thickness, cv2.LINE_AA, _SHIFT)
+    cv2.copyTo(patch, mask, ground)
+
+
+def _darken(canvas: np.ndarray, thing: _Thing) -> None:
+    """A soft shadow to the lower right of the object."""
+    size = canvas.shape[0]
+    offset, soft = size // 64, size // 40
+    y1, x1, y2, x2 = thing.box
+    y1, x1, y2, x2 = max(0, y1 - soft), max(0, x1 - soft), min(size, y2 + 2 * soft), min(size, x2 + 2 * soft)
+    mask = np.zeros((y2 - y1, x2 - x1), np.uint8)
+    mask[offset:, offset:] = thing.mask[y1 : y2 - offset, x1 : x2 - offset]
+    shadow = cv2.cvtColor(cv2.blur(mask, (soft, soft)), cv2.COLOR_GRAY2RGB)
+    region = canvas[y1:y2, x1:x2]
+    cv2.subtract(region, cv2.multiply(region, shadow, scale=0.4 / 255), dst=region)
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A smooth ground of two colours under zero to two kinds of texture."""
+    value = rng.uniform(0.25, 0.95)
+    colours = [_colour(rng, (0.05, 0.5), (0.75 * value, value)) for _ in range(2)]
+    cells = int(rng.choice([2, 3, 6, 9]))
+    canvas = _wash(colours, rng.random((cells, cells)), (size, size))
+    for texture in rng.permutation(len(_TEXTURES))[: rng.integers(0, 3)]:
+        tint = np.clip(colours[0] + rng.choice([-1, 1]) * rng.uniform(18, 60), 0, 255)
+        _TEXTURES[texture](rng, canvas, tint.tolist())
+    return canvas
+
+
+def _stripes(rng: np.random.Generator, canvas: np.ndarray, colour: list[float]) -> None:
+    size = canvas.shape[0]
+    pitch, angle = size * rng.uniform(0.04, 0.16), rng.uniform(0, math.pi)
+    along = np.array([math.cos(angle), math.sin(angle)])
+    across = np.array([-along[1], along[0]])
+    thickness = max(1, int(pitch * rng.uniform(0.15, 0.5)))
+    for step in np.arange(-0.75 * size, 0.75 * size, pitch):
+        ends_22 = size / 2 + across * step + np.outer([-size, size], along)
+        start, end = np.rint(ends_22 * 2**_SHIFT).astype(int).tolist()
+        cv2.line(canvas, start, end, colour, thickness, cv2.LINE_AA, _SHIFT)
+
+
+def _dots(rng: np.random.Generator, canvas: np.ndarray, colour: list[float]) -> None:
+    size = canvas.shape[0]
+    pitch = int(size * rng.uniform(0.05, 0.11))
+    radius = max(2, int(pitch * rng.uniform(0.1, 0.2)))
+    for row, y in enumerate(range(pitch // 2, size, pitch)):
+        for x in range(pitch // 2 * (row % 2 + 1), size, pitch):
+            cv2.circle(canvas, (x, y), radius, colour, -1, cv2.LINE_AA)
+
+
+def _scribbles(rng: np.random.Generator, canvas: np.ndarray, colour: list[float]) -> None:
+    """Open curves: arcs of large ellipses, thick and thin."""
+    size = canvas.shape[0]
+    for _ in range(rng.integers(3, 9)):
+        centre, axes = rng.integers(0, size, 2).tolist(), rng.integers(size // 6, size // 2, 2).tolist()
+        start, turn = int(rng.integers(0, 360)), int(rng.integers(0, 180))
+        thickness = int(rng.integers(1, max(3, size // 40)))
+        end = start + int(rng.integers(30, 120))
+        cv2.ellipse(canvas, centre, axes, turn, start, end, colour, thickness, cv2.LINE_AA)
+
+
+def _dashes(rng: np.random.Generator, canvas: np.ndarray, colour: list[float]) -> None:
+    size = canvas.shape[0]
+    starts_D2 = rng.integers(0, size, (rng.integers(15, 50), 2))
+    ends_D2 = starts_D2 + rng.integers(-size // 20, size // 20 + 1, starts_D2.shape)
+    for start, end in zip(starts_D2.tolist(), ends_D2.tolist(), strict=True):
+        cv2.line(canvas, start, end, colour, max(1, size // 128), cv2.LINE_AA)
+
+
+_TEXTURES: tuple[Callable[[np.random.Generator, np.ndarray, list[float]], None], ...] = (
+    _stripes,
+    _dots,
+    _scribbles,
+    _dashes,
+)
+
+
+def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """A little out of focus, then grain."""
+    image = cv2.GaussianBlur(image, (3, 3), rng.uniform(0.3, 0.8))
+    grain = int(rng.integers(1, 9))
+    return cv2.add(image, rng.integers(-grain, grain + 1, image.shape, np.int8).astype(np.int16), dtype=cv2.CV_8U)
+
+
+def _wash(colours: list[np.ndarray], weights_GG: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Runs smoothly between two colours: a small grid of mixtures, enlarged."""
+    mixture_GG3 = colours[0] + weights_GG[..., None] * (colours[1] - colours[0])
+    grid_GG3 = np.clip(np.rint(mixture_GG3), 0, 255).astype(np.uint8)
+    return cv2.resize(grid_GG3, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC)
+
+
+def _colour(
+    rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]
+) -> Float[np.ndarray, '3']:
+    rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
+    return 255 * np.array(rgb)
+
+
+def _on_circle(corners: int, radii: tuple[float, ...] = (1.0,), start: float = 0.0) -> np.ndarray:
+    """[P, 2] points at equal angles, the radii taken in turn."""
+    angles_P = start + np.arange(corners) * (2 * math.pi / corners)
+    radii_P = np.resize(radii, corners)[:, None]
+    return radii_P * np.stack([np.cos(angles_P), np.sin(angles_P)], 1)
+
+
+# outlines of radius 1, of CLASS_NAMES in order
+_OUTLINES = (
+    (_on_circle(64),),
+    (_on_circle(4, start=math.pi / 4),),
+    (_on_circle(3),),
+    (_on_circle(10, (1.0, 0.42)),),
+    (_on_circle(64), _on_circle(64, (0.52,))),
+)

@@ -1,0 +1,51 @@
+"""Anchors: boxes of set sizes and shapes at every position of every feature level (spec 5)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+# The ratio r = width / height as one number gives (sqrt r, 1 / sqrt r); a pair gives (width, height) factors outright.
+AspectRatio = float | tuple[float, float]
+
+SQRT_RATIOS: tuple[AspectRatio, ...] = (1.0, 2.0, 0.5)
+PAIR_RATIOS: tuple[AspectRatio, ...] = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))  # early releases and PyTorch ports
+
+
+def make_anchors(
+    level_sizes: Sequence[tuple[int, int]],
+    image_size: tuple[int, int],
+    scale: float = 4.0,
+    octaves: int = 3,
+    aspect_ratios: Sequence[AspectRatio] = SQRT_RATIOS,
+) -> Float[np.ndarray, 'N 4']:
+    """All anchors of an image, yxyx pixels, float32, not clipped; ordered level, y, x, octave, ratio.
+
+    A level's stride is the *ratio* of image to feature size, per axis, not a power of two. The anchor of octave o has
+    the side `scale * stride * 2^(o / octaves)` times the factors of its aspect ratio.
+    """
+    factors = [r if isinstance(r, Sequence) else (math.sqrt(r), 1 / math.sqrt(r)) for r in aspect_ratios]
+    octave_A = np.repeat(2 ** (np.arange(octaves) / octaves), len(factors))
+    width_A, height_A = np.tile(np.asarray(factors, np.float64).T, octaves) * scale * octave_A
+    levels = []
+    for rows, columns in level_sizes:
+        stride_y, stride_x = image_size[0] / rows, image_size[1] / columns
+        y, x = np.meshgrid((np.arange(rows) + 0.5) * stride_y, (np.arange(columns) + 0.5) * stride_x, indexing='ij')
+        y, x = y[..., None], x[..., None]
+        half_height, half_width = height_A * stride_y / 2, width_A * stride_x / 2
+        boxes = np.stack(np.broadcast_arrays(y - half_height, x - half_width, y + half_height, x + half_width), axis=-1)
+        levels.append(boxes.reshape(-1, 4))
+    return np.concatenate(levels).astype(np.float32)
+
+
+def level_sizes(image_size: tuple[int, int], min_level: int, max_level: int) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of each feature level from `min_level` up: every level is half of the one below, rounded up."""
+
+    def halved(n: int, times: int) -> int:
+        for _ in range(times):
+            n = (n + 1) // 2
+        return n
+
+    height, width = image_size
+    return tuple((halved(height, level), halved(width, level)) for level in range(min_level, max_level + 1))

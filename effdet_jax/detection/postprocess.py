@@ -1,0 +1,58 @@
+"""Raw predictions -> detections, the one way that evaluation, prediction and export share (spec 10)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effdet_jax.detection import boxes as box_ops
+from effdet_jax.detection import nms as suppression
+
+
+class Detections(NamedTuple):
+    """Detections of one image, best first; unused places have score 0 and label -1."""
+
+    boxes: Float[Array, '*b K 4']  # yxyx, pixels of the network input
+    scores: Float[Array, '*b K']
+    labels: Int[Array, '*b K']  # 0-based
+
+
+def postprocess(
+    class_logits: Float[Array, 'N K'],
+    box_regressions: Float[Array, 'N 4'],
+    anchors: Float[Array, 'N 4'],
+    valid_size: Float[Array, '2'] | Int[Array, '2'],
+    *,
+    per_class: bool = True,
+    max_candidates: int = 5000,
+    **nms_options,
+) -> Detections:
+    """Detections of one image; `vmap` it over a batch. `nms_options` are those of `nms.nms`.
+
+    `per_class` keeps the best `max_candidates` pairs of anchor and class, so an anchor may speak for several classes,
+    and boxes suppress their own class only. Otherwise each anchor speaks for its best class and all boxes are rivals.
+    Boxes are cut at `valid_size`, the height and width of the picture inside the padded input; those that lie in the
+    padding are dropped.
+    """
+    num_anchors, num_classes = class_logits.shape
+    anchors = jnp.asarray(anchors)
+    if per_class:
+        logits_C, indices_C = jax.lax.top_k(class_logits.reshape(-1), min(max_candidates, num_anchors * num_classes))
+        anchor_C, label_C = indices_C // num_classes, indices_C % num_classes
+        rivals_C = label_C
+    else:
+        logits_C, anchor_C = jax.lax.top_k(class_logits.max(axis=-1), min(max_candidates, num_anchors))
+        label_C = class_logits[anchor_C].argmax(axis=-1)
+        rivals_C = jnp.zeros_like(label_C)
+    boxes_C4 = box_ops.decode(box_regressions[anchor_C], anchors[anchor_C])
+    kept = suppression.nms(boxes_C4, jax.nn.sigmoid(logits_C), rivals_C, **nms_options)
+
+    height, width = valid_size.astype(jnp.float32)
+    boxes_K4 = box_ops.clip(boxes_C4[kept.indices], height, width)
+    used_K = (kept.indices >= 0) & (box_ops.areas(boxes_K4) > 0)
+    return Detections(
+        boxes_K4 * used_K[:, None],
+        jnp.where(used_K, kept.scores, 0),
+        jnp.where(used_K, label_C[kept.indices], -1).astype(jnp.int32),
+    )

@@ -1,0 +1,5 @@
+"""From a work directory to boxes."""
+
+from effdet_jax.inference.detector import Detections, Detector
+
+__all__ = ['Detections', 'Detector']

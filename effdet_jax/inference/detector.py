@@ -1,0 +1,108 @@
+"""uint8 images -> boxes: the one jitted function behind evaluation, prediction and export."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from effdet_jax import config as run_config
+from effdet_jax.data import transforms
+from effdet_jax.detection import anchors, preprocess
+from effdet_jax.detection.postprocess import Detections as NetworkDetections
+from effdet_jax.detection.postprocess import postprocess
+from effdet_jax.model import EfficientDet, build_model
+from effdet_jax.records import checkpoint
+
+MIN_LEVEL = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first; pixels of the original image."""
+
+    boxes_xyxy: Float[np.ndarray, 'K 4']
+    scores: Float[np.ndarray, 'K']
+    labels: Int[np.ndarray, 'K']  # 0-based
+    names: tuple[str, ...]  # of the labels
+
+
+class Detector:
+    """A trained detector, ready to be called on images of any size.
+
+        detector = Detector.load('runs/d3')
+        detections = detector(image)      # uint8 [H, W, 3] RGB
+    """
+
+    def __init__(self, config: Any, variables: dict[str, Any]) -> None:
+        """`config` as a work directory holds it, with the class names filled in."""
+        self.class_names: tuple[str, ...] = tuple(config.dataset.class_names)
+        self.category_ids: tuple[int, ...] = tuple(config.dataset.category_ids)
+        self._image_size = tuple(config.image.size)
+        model = build_model(config.model, len(self.class_names))
+        self._variables = jax.device_put(variables)
+        self._detect = jax.jit(make_detect(config, model))
+
+    @classmethod
+    def load(cls, workdir: str | Path) -> 'Detector':
+        """The best checkpoint of a run.
+
+        Raises:
+          UserError: where the work directory holds no run.
+        """
+        config = run_config.load(Path(workdir))
+        _, variables = checkpoint.load_variables(Path(workdir))
+        return cls(config, variables)
+
+    def __call__(self, image: UInt8[np.ndarray, 'H W 3'], min_score: float = 0.0) -> Detections:
+        """Everything found in an RGB image with a score of at least `min_score`."""
+        resized, valid_size, image_scale = transforms.resize_and_pad(image, self._image_size)
+        found = self._detect(self._variables, resized[None], np.asarray([valid_size], np.int32))
+        boxes_xyxy, scores, labels = (x[0] for x in to_original(found, np.asarray([image_scale], np.float32)))
+        kept = (labels >= 0) & (scores >= min_score)
+        names = tuple(self.class_names[label] for label in labels[kept])
+        return Detections(boxes_xyxy[kept], scores[kept], labels[kept], names)
+
+
+def make_detect(config: Any, model: EfficientDet) -> Callable[[Any, Array, Array], NetworkDetections]:
+    """`detect(variables, images uint8 [B, H, W, 3], valid_size [B, 2])` -> detections in network pixels; jit or map it."""
+    mean, std, anchors_N4 = config.image.mean, config.image.std, image_anchors(config)
+    c = config.eval
+    options = dict(
+        per_class=c.per_class,
+        max_candidates=c.max_candidates,
+        kind=c.nms,
+        iou_threshold=c.iou_threshold,
+        sigma=c.sigma,
+        score_threshold=c.score_threshold,
+        max_outputs=c.max_detections,
+    )
+
+    def detect(variables: Any, images: Array, valid_size: Array) -> NetworkDetections:
+        outputs = model.apply(variables, preprocess.normalize(images, valid_size, mean, std), train=False)
+        return jax.vmap(lambda logits, boxes, size: postprocess(logits, boxes, anchors_N4, size, **options))(
+            *outputs, valid_size
+        )
+
+    return detect
+
+
+def image_anchors(config: Any) -> Float[np.ndarray, 'N 4']:
+    """The anchors of the config's input size."""
+    a, size = config.model.anchors, tuple(config.image.size)
+    levels = anchors.level_sizes(size, MIN_LEVEL, config.model.max_level)
+    return anchors.make_anchors(levels, size, a.scale, a.octaves, a.aspect_ratios)
+
+
+def to_original(
+    detections: NetworkDetections, image_scale: Float[np.ndarray, 'B']
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(boxes xyxy in pixels of the original images `[B, K, 4]`, scores `[B, K]`, labels `[B, K]` with -1 as padding)."""
+    boxes_yxyx, scores, labels = (np.asarray(x) for x in detections)
+    return boxes_yxyx[..., [1, 0, 3, 2]] * image_scale[:, None, None], scores, labels
+
+
+__all__: Sequence[str] = ['Detections', 'Detector', 'image_anchors', 'make_detect', 'to_original']

@@ -1,0 +1,28 @@
+"""Train and evaluate: python -m effdet_jax.main --config=configs/d3.py --workdir=runs/d3
+
+Start it again with the same --workdir and it continues. Any key of the config is a flag: --config.train.epochs=40.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from effdet_jax import cli
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'FILE or FILE:PRESET, e.g. configs/d3.py:voc2007', lock_config=True)
+WORKDIR = flags.DEFINE_string('workdir', None, 'where the run keeps its checkpoints, metrics and pictures')
+MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train, or evaluate the best checkpoint of the workdir')
+
+
+def main() -> None:
+    from effdet_jax import train  # after the flags: --help must not wait for jax
+    from effdet_jax.training import parallel
+
+    parallel.start_hosts()
+    run = {'train': train.train_and_evaluate, 'eval': train.evaluate_best}[MODE.value]
+    train.report(run(CONFIG.value, Path(WORKDIR.value)), Path(WORKDIR.value))
+
+
+if __name__ == '__main__':
+    cli.run(main, required=('config', 'workdir'))

@@ -1,0 +1,147 @@
+"""Depthwise convolution with a gradient of its own, chosen per platform when the program is lowered.
+
+XLA's grouped convolution is slow on CPU, above all backwards. There we write it as k*k shifted multiply-adds, which XLA
+fuses into one pass over the image; the kernel gradient is accumulated row by row. Elsewhere XLA's own form is used.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise_conv(
+    x: Float[Array, 'B H W C'], kernel: Float[Array, 'k k 1 C'], stride: int = 1
+) -> Float[Array, 'B h w C']:
+    """Each channel with its own k x k kernel (k odd), SAME padding as TensorFlow places it; h = ceil(H / stride)."""
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=functools.partial(_shifted, stride=stride), default=functools.partial(_grouped, stride=stride)
+    )
+
+
+def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return depthwise_conv(x, kernel, stride), (x, kernel)
+
+
+def _backward(stride: int, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    def by_xla(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+        return jax.vjp(functools.partial(_grouped, stride=stride), x, kernel)[1](gradient)
+
+    def by_shifts(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+        return _input_gradient(x, kernel, gradient, stride), _kernel_gradient(x, kernel, gradient, stride)
+
+    return jax.lax.platform_dependent(*residuals, gradient, cpu=by_shifts, default=by_xla)
+
+
+depthwise_conv.defvjp(_forward, _backward)
+
+
+def _grouped(x: Array, kernel: Array, stride: int) -> Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=x.shape[-1]
+    )
+
+
+def _same_padding(size: int, k: int, stride: int) -> tuple[int, int]:
+    total = max((-(-size // stride) - 1) * stride + k - size, 0)
+    return total // 2, total - total // 2
+
+
+def _pad_same(x: Array, k: int, stride: int) -> Array:
+    """SAME padding, and then enough zeros at the end for a whole number of strides."""
+    pads = []
+    for size in x.shape[1:3]:
+        low, high = _same_padding(size, k, stride)
+        out = -(-size // stride)
+        pads.append((low, max(high, (out - 1) * stride + k - size - low) + -(size + low + high) % stride))
+    return jnp.pad(x, ((0, 0), *pads, (0, 0)))
+
+
+def _phases(x: Array, stride: int) -> list[list[Array]]:
+    """phases[i][j] = x[:, i::stride, j::stride], by one reshape instead of strided gathers."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // stride, stride, w // stride, stride, c)
+    return [[x[:, :, i, :, j] for j in range(stride)] for i in range(stride)]
+
+
+def _taps(x: Array, k: int, stride: int, height: int, width: int) -> list[tuple[int, int, Array]]:
+    """(row, column, the input that this tap of the kernel meets at every output position)."""
+    phases = _phases(_pad_same(x, k, stride), stride) if stride > 1 else [[_pad_same(x, k, stride)]]
+    return [
+        (i, j, phases[i % stride][j % stride][:, i // stride :, j // stride :][:, :height, :width])
+        for i in range(k)
+        for j in range(k)
+    ]
+
+
+def _shifted(x: Array, kernel: Array, stride: int) -> Array:
+    k = kernel.shape[0]
+    height, width = (-(-n // stride) for n in x.shape[1:3])
+    return sum(
+        (tap * kernel[i, j, 0] for i, j, tap in _taps(x, k, stride, height, width)),
+        start=jnp.zeros((), x.dtype),
+    )
+
+
+def _input_gradient(x: Array, kernel: Array, gradient: Array, stride: int) -> Array:
+    k, (height, width) = kernel.shape[0], x.shape[1:3]
+    if stride == 1:
+        return _shifted(gradient, kernel[::-1, ::-1], 1)
+    # x[s*a + p] met gradient[a - t] through tap i = p + low + s*t: each phase p of the input is a small convolution of
+    # the gradient with every s-th tap; the phases are then interleaved.
+    lows = [_same_padding(n, k, stride)[0] for n in (height, width)]
+    counts = [-(-n // stride) for n in (height, width)]
+    margin = k // stride + 1
+    padded = jnp.pad(gradient, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+
+    def meets(phase: int, low: int) -> list[tuple[int, int]]:
+        """(tap, shift) pairs with tap = phase + low - stride*shift: input s*a + phase meets gradient a + shift."""
+        return [(tap, (phase + low - tap) // stride) for tap in range(k) if (phase + low - tap) % stride == 0]
+
+    rows = []
+    for p in range(stride):
+        columns = []
+        for q in range(stride):
+            total = jnp.zeros((), x.dtype)
+            for i, shift_i in meets(p, lows[0]):
+                for j, shift_j in meets(q, lows[1]):
+                    window = padded[:, margin + shift_i :, margin + shift_j :][:, : counts[0], : counts[1]]
+                    total = total + window * kernel[i, j, 0]
+            columns.append(jnp.broadcast_to(total, (x.shape[0], *counts, x.shape[3])))
+        rows.append(jnp.stack(columns, axis=3))
+    interleaved = jnp.stack(rows, axis=2)  # [B, h, stride, w, stride, C]
+    full = interleaved.reshape(x.shape[0], counts[0] * stride, counts[1] * stride, x.shape[3])
+    return full[:, :height, :width]
+
+
+ROWS_AT_ONCE = 4  # of the kernel gradient's loop: more rows, fewer passes over the sums, a longer compilation
+
+
+def _kernel_gradient(x: Array, kernel: Array, gradient: Array, stride: int) -> Array:
+    """For each tap, the sum over images and positions of input x gradient.
+
+    A plain reduction of k*k products is 4 to 11 times slower: XLA's loop over the reduced axes is scalar. Here every step
+    adds a few rows of one image to k sums of shape [k, W, C], which vectorises over channels and stays in cache.
+    """
+    k, (images, height, width, channels) = kernel.shape[0], gradient.shape
+    padded = _pad_same(x, k, stride)
+    phases = padded.reshape(images, padded.shape[1], -1, stride, channels)  # column = stride * index + phase
+    rows = next(n for n in range(ROWS_AT_ONCE, 0, -1) if height % n == 0)
+
+    def add_rows(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        image, first = step // (height // rows), step % (height // rows) * rows
+
+        def column(r: int, j: int) -> Array:
+            """[k, W, C]: what the j-th column of taps meets along one row, times the gradient there."""
+            line = jax.lax.dynamic_slice(gradient, (image, first + r, 0, 0), (1, 1, width, channels))[0]
+            start = (image, (first + r) * stride, j // stride, j % stride, 0)
+            met = jax.lax.dynamic_slice(phases, start, (1, k, width, 1, channels)).reshape(k, width, channels)
+            return (met * line).astype(jnp.float32)
+
+        return tuple(total + sum(column(r, j) for r in range(rows)) for j, total in enumerate(sums))
+
+    zeros = (jnp.zeros((k, width, channels), jnp.float32),) * k
+    sums = jax.lax.fori_loop(0, images * (height // rows), add_rows, zeros)
+    return jnp.stack([total.sum(axis=1) for total in sums], axis=1).reshape(kernel.shape).astype(kernel.dtype)

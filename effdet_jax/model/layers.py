@@ -1,0 +1,156 @@
+"""The layers that the three parts of the detector share. NHWC; float32 parameters; `dtype` is the compute precision."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from effdet_jax.model.depthwise import depthwise_conv
+
+ACTIVATIONS: dict[str, Callable] = {'swish': nn.swish, 'relu6': nn.relu6}
+
+# Initialisers. Spec 2: fan-out in the backbone, Glorot in the feature network, fan-in in the heads. A depthwise kernel
+# is [k, k, 1, C] here; the reference computes its fans as if it were [k, k, C, 1], which the last two reproduce.
+fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+glorot = nn.initializers.glorot_uniform()
+fan_in = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+
+
+def depthwise_fan_out(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    return jax.random.normal(key, shape, dtype) * (2.0 / (shape[0] * shape[1])) ** 0.5
+
+
+def _on_transposed_shape(init: Callable) -> Callable:
+    def initialise(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return init(key, (shape[0], shape[1], shape[3], shape[2]), dtype).swapaxes(2, 3)
+
+    return initialise
+
+
+depthwise_glorot = _on_transposed_shape(glorot)
+depthwise_fan_in = _on_transposed_shape(fan_in)
+
+
+def backbone_conv(dtype: Any) -> Callable:
+    """`conv(features, kernel_size, ...)` as the backbone uses it: no bias, SAME padding, fan-out initialisation."""
+
+    def conv(features: int, kernel_size: tuple[int, int], use_bias: bool = False, **kwargs: Any) -> nn.Conv:
+        return nn.Conv(features, kernel_size, use_bias=use_bias, kernel_init=fan_out, dtype=dtype, **kwargs)
+
+    return conv
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """Makes batch-norm layers: `norm(name)(x, train)`, epsilon 1e-3 and momentum 0.99 everywhere (spec 2).
+
+    With `axis_name` set, training statistics are those of the global batch over that mapped axis.
+    """
+
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    def __call__(self, name: str) -> Callable[[Array, bool], Array]:
+        layer = nn.BatchNorm(momentum=0.99, epsilon=1e-3, dtype=self.dtype, axis_name=self.axis_name, name=name)
+        return lambda x, train: layer(x, use_running_average=not train)
+
+
+class DepthwiseConv(nn.Module):
+    """`[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), C]`, SAME padding, no bias; kernel `[k, k, 1, C]`."""
+
+    kernel_size: int
+    stride: int
+    kernel_init: Callable
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B h w C']:
+        shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
+        kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
+        return depthwise_conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+
+
+class SeparableConv(nn.Module):
+    """Depthwise 3x3 (`dw`, no bias), then pointwise 1x1 with bias (`pw`). Both kernels are shared by repeated calls."""
+
+    features: int
+    depthwise_init: Callable
+    pointwise_init: Callable
+    bias_init: Callable = nn.initializers.zeros
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.dw = DepthwiseConv(3, 1, self.depthwise_init, self.dtype)
+        self.pw = nn.Conv(
+            self.features, (1, 1), kernel_init=self.pointwise_init, bias_init=self.bias_init, dtype=self.dtype
+        )
+
+    def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H W F']:
+        return self.pw(self.dw(x))
+
+
+class Stem(nn.Module):
+    """First layer of the backbone: 3x3 convolution with stride 2, batch norm, activation."""
+
+    features: int
+    norm: Norm
+    activation: Callable
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'B H W 3'], train: bool) -> Float[Array, 'B h w F']:
+        x = backbone_conv(self.dtype)(self.features, (3, 3), strides=(2, 2), name='conv')(x)
+        return self.activation(self.norm(name='bn')(x, train))
+
+
+class StochasticDepth(nn.Module):
+    """In training, drops a residual branch for whole samples with probability `rate` and divides the rest by 1 - rate.
+
+    Huang et al. 2016. The draw depends on the step's key and on the sample's place in the *global* batch, so it does
+    not change with the number of devices. Needs the rng stream `stochastic_depth`.
+    """
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'B H W C'], train: bool) -> Float[Array, 'B H W C']:
+        if not train or self.rate == 0.0:
+            return x
+        key, batch = self.make_rng('stochastic_depth'), x.shape[0]
+        first = jax.lax.axis_index(self.axis_name) * batch if self.axis_name else 0
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(batch))
+        keep_B = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - self.rate))(keys_B)
+        return x * (keep_B.astype(x.dtype) / (1.0 - self.rate))[:, None, None, None]
+
+
+def resize_to(x: Float[Array, 'B H W C'], height: int, width: int) -> Float[Array, 'B h w C']:
+    """Brings a feature map to another level's size: max-pool down, nearest neighbour up (spec 3).
+
+    Raises:
+      ValueError: where one side would grow and the other shrink.
+    """
+    h, w = x.shape[1:3]
+    if (h, w) == (height, width):
+        return x
+    if h >= height and w >= width:
+        strides = ((h - 1) // height + 1, (w - 1) // width + 1)
+        window = (strides[0] + 1, strides[1] + 1)
+        return nn.max_pool(x, window, strides=strides, padding='SAME')
+    if h <= height and w <= width:
+        return upsample_nearest(x, height, width)
+    raise ValueError(f'cannot resize {h}x{w} to {height}x{width}: one side grows and the other shrinks')
+
+
+def upsample_nearest(x: Float[Array, 'B H W C'], height: int, width: int) -> Float[Array, 'B h w C']:
+    """Source index = floor(target * in / out), without a half-pixel shift: 3 -> 5 reads 0, 0, 1, 1, 2 (spec 3)."""
+    h, w = x.shape[1:3]
+    # Twice the size is the common case: a broadcast is much cheaper than a gather, above all backwards.
+    if (height, width) == (2 * h, 2 * w):
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (x.shape[0], h, 2, w, 2, x.shape[3]))
+        return x.reshape(x.shape[0], height, width, x.shape[-1])
+    return x[:, jnp.arange(height) * h // height][:, :, jnp.arange(width) * w // width]

@@ -1,0 +1,233 @@
+"""What a run says while it works: numbers into files, progress and tables onto the terminal."""
+
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Any, SupportsFloat, TypeVar
+
+import numpy as np
+import rich.box
+import rich.progress
+from jaxtyping import UInt8
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tensorboardX import SummaryWriter
+
+from effdet_jax.errors import UserError
+from effdet_jax.records.files import write_atomically
+from effdet_jax.records.pictures import write_image
+
+Item = TypeVar('Item')
+
+SECONDS_BETWEEN_LINES = 10.0
+SECONDS_OF_SPEED = 120.0  # the time left follows the speed of the last two minutes
+
+console = Console()  # the only one: rich stacks nested bars, and prints above them, per console
+
+
+class MetricsLog:
+    """The numbers of a run in `metrics.jsonl` (one JSON object a line, `step` first) and TensorBoard's `tensorboard/`.
+
+    A run that continues from `resume_step` first forgets what an earlier one wrote after that step, so that every step
+    stands once. A number that is not finite is null in the file, for JSON knows no nan, and left out of TensorBoard.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int = 0) -> None:
+        self._workdir, self._resume_step = workdir, resume_step
+        path = workdir / 'metrics.jsonl'
+        kept = [row for row in _rows(path) if row['step'] <= resume_step]
+        write_atomically(path, ''.join(json.dumps(row) + '\n' for row in kept).encode())
+        self._lines = path.open('a', encoding='utf-8', buffering=1)  # 1: each line reaches the file at once
+        self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=resume_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """One line; names such as `train/loss`, `train/images_per_second`, `eval/AP`."""
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._lines.write(json.dumps({'step': step, **{name: finite.get(name) for name in values}}) + '\n')
+        for name, value in finite.items():
+            self._board.add_scalar(name, value, step)
+
+    def pictures(self, step: int, pictures: Mapping[str, UInt8[np.ndarray, '_ _ 3']]) -> None:
+        """RGB pictures, into TensorBoard and as `pictures/<step>/<name>.png`."""
+        for name, rgb in pictures.items():
+            write_image(self._workdir / 'pictures' / f'{step:08d}' / f'{name}.png', rgb)
+            self._board.add_image(name, rgb, step, dataformats='HWC')
+
+    def text(self, name: str, text: str) -> None:
+        """Markdown in TensorBoard, such as the config."""
+        self._board.add_text(name, text, self._resume_step)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
+
+    def __enter__(self) -> 'MetricsLog':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` in order, null as nan, without a last line that a crash has torn.
+
+    Raises:
+        UserError: a line that MetricsLog cannot have written.
+    """
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in _rows(path)]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding='utf-8', errors='replace').split('\n')  # what follows the last \n is torn
+    return [_row(line, f'{path}: line {number}') for number, line in enumerate(lines, start=1)]
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get('step'), int):
+        raise UserError(f'{where} is not a JSON object with a step; remove that line')
+    return row
+
+
+class Progress:
+    """The progress of long work: a bar in a terminal, elsewhere a line at most every ten seconds and one at the end.
+
+        with Progress(total, start, description='training') as progress:
+            for step in range(start + 1, total + 1):
+                progress.update(step, {'loss': 0.43, 'images/s': 85.0, 'waiting': 0.03})
+
+    May be nested, an evaluation inside of a training. Respects NO_COLOR.
+    """
+
+    def __init__(
+        self, total: int, start: int = 0, unit: str = 'step', description: str = '', keep: bool = True
+    ) -> None:
+        """`total` and `start` are counted in `unit`s; `keep`: whether the finished bar stays on the screen."""
+        count = f'{unit} {{task.completed}}/{{task.total}}'.strip()
+        # rich counts and estimates the time left in both modes; without a terminal its display is just never started.
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn('{task.description}', markup=False),
+            rich.progress.TextColumn(count, markup=False),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.TextColumn('{task.fields[values]}', markup=False),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=SECONDS_OF_SPEED,
+            refresh_per_second=4,
+            transient=not keep,
+        )
+        self._bar.add_task(description, total=total, completed=start, values='')
+        self._unit = unit
+        self._has_terminal = console.is_interactive and console.file.isatty()  # FORCE_COLOR makes no pipe a terminal
+        self._next_line = monotonic() + SECONDS_BETWEEN_LINES
+
+    def update(self, completed: int, values: Mapping[str, SupportsFloat] | None = None) -> None:
+        """Says how far the work is. Cheap, so call it every step; `values` stay until the next ones."""
+        task = self._bar.tasks[0]
+        shown = task.fields['values'] if values is None else '  '.join(map(_shown, values, values.values()))
+        self._bar.update(task.id, completed=completed, values=shown)
+        if not self._has_terminal and (task.finished or monotonic() >= self._next_line):
+            self._next_line = monotonic() + SECONDS_BETWEEN_LINES
+            say(_line(task, self._unit))
+
+    def __enter__(self) -> 'Progress':
+        if self._has_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._has_terminal:
+            self._bar.stop()
+
+
+def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
+    """Passes the items on and shows how many of them are done, for loops such as evaluation and prediction."""
+    with Progress(total, unit='', description=description, keep=False) as progress:
+        for count, item in enumerate(items, start=1):
+            yield item
+            progress.update(count)
+
+
+def say(line: str) -> None:
+    """Prints, above the bar where there is one."""
+    console.out(line, highlight=False)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = '') -> str:
+    """A Markdown table, fit for the terminal (`say(table(...))`) and for the README of an experiment.
+
+    Floats get three decimals (format them yourself for others), whole numbers thousands separators, None and nan a
+    dash; columns of numbers are set flush right.
+    """
+    rows = [list(row) for row in rows]
+    grid = Table(box=rich.box.MARKDOWN)
+    for column, name in enumerate(header):
+        is_text = any(isinstance(row[column], str) for row in rows)
+        grid.add_column(Text(name), justify='left' if is_text else 'right')
+    for row in rows:
+        grid.add_row(*(Text(_cell(value)) for value in row))
+    paper = io.StringIO()
+    Console(file=paper, width=10_000, color_system=None).print(grid)
+    lines = [line.strip() for line in paper.getvalue().strip().splitlines()]
+    return '\n'.join([title, *lines] if title else lines)
+
+
+class Waiting:
+    """A stopwatch for a training loop: the share of its time spent waiting, `with waiting: batch = next(batches)`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._start, self._waited = perf_counter(), 0.0
+
+    def share(self) -> float:
+        """The share of the time since the last reset that was spent in the `with` block, in [0, 1]."""
+        elapsed = perf_counter() - self._start
+        return self._waited / elapsed if elapsed else 0.0
+
+    def per_second(self, count: int) -> float:
+        """The rate of `count` things done since the last reset."""
+        return count / max(perf_counter() - self._start, 1e-9)
+
+    def __enter__(self) -> None:
+        self._entered = perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self._waited += perf_counter() - self._entered
+
+
+def _line(task: rich.progress.Task, unit: str) -> str:
+    if task.finished:
+        time = f'took {_duration(task.elapsed)}'
+    else:
+        time = f'{_duration(task.time_remaining)} left' if task.time_remaining is not None else ''
+    count = f'{unit} {task.completed}/{task.total}'.strip()
+    return '  '.join(part for part in (task.description, count, task.fields['values'], time) if part)
+
+
+def _shown(name: str, value: SupportsFloat) -> str:
+    return f'{name} {float(value):.0%}' if name == 'waiting' else f'{name} {float(value):.4g}'
+
+
+def _duration(seconds: float | None) -> str:
+    return str(timedelta(seconds=round(seconds or 0)))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float | np.floating):
+        return '-' if np.isnan(value) else f'{value:.3f}'
+    if value is None:
+        return '-'
+    return f'{value:,}' if isinstance(value, int) else str(value)

@@ -1,0 +1,224 @@
+"""The training loop: restore -> step -> log -> evaluate -> save."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from effdet_jax import config as run_config
+from effdet_jax import data, evaluate
+from effdet_jax.errors import UserError
+from effdet_jax.inference.detector import image_anchors, make_detect
+from effdet_jax.model import build_model
+from effdet_jax.records.checkpoint import Checkpoints, load_variables
+from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, read_metrics, say, table
+from effdet_jax.training import parallel
+from effdet_jax.training.optimizer import make_optimizer, path_matches, thaw_step
+from effdet_jax.training.state import TrainState, Variables, init_state, init_variables
+from effdet_jax.training.step import make_train_step
+from effdet_jax.training.transfer import transfer
+
+HEADLINE = ('AP', 'AP50', 'AP75')
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """Trains what `config` describes, or goes on where `workdir` stands; returns the metrics of the last evaluation.
+
+    Raises:
+      UserError: for anything in the config, the data or the work directory that the user can mend.
+    """
+    run = build(config, workdir)
+    state, pending, waiting, metrics = run.state, [], Waiting(), {}
+    with (
+        MetricsLog(workdir / parallel.host_folder(), run.first_step) as log,
+        Progress(run.total_steps, run.first_step, description='training') as progress,
+    ):
+        log.text('config', f'```json\n{config.to_json_best_effort(indent=2)}\n```')
+        for step in range(run.first_step + 1, run.total_steps + 1):
+            with waiting:
+                batch = next(run.batches)
+            state, step_metrics = run.train_step(state, parallel.shard(batch), step <= run.thaw_step)
+            pending.append(step_metrics)
+            jax.block_until_ready(pending[-2:][0])  # the host runs one step ahead of the device, and no further
+
+            evaluates, saves = step in run.evaluation_steps, step in run.save_steps
+            # Logged before every save too: then a mean never spans a restart, and a continued run logs the same numbers.
+            if step % config.log.every_steps == 0 or saves:
+                means = {name: float(np.mean(values)) for name, values in _columns(jax.device_get(pending)).items()}
+                means['images_per_second'] = waiting.per_second(len(pending) * config.train.batch_size)
+                means['waiting_for_data'] = waiting.share()
+                log.write(step, {f'train/{name}': mean for name, mean in means.items()})
+                progress.update(step, {shown: means[name] for shown, name in SHOWN.items()})
+                pending.clear()
+                waiting.reset()
+            if evaluates:
+                metrics, found = run.evaluate(state.best_variables)
+                log.write(step, {f'eval/{name}': value for name, value in metrics.items()})
+                log.pictures(step, evaluate.draw(run.eval_source, found, config.eval.pictures))
+                say(f'step {step}  ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in HEADLINE))
+            if saves:
+                scores = {f'eval/{name}': value for name, value in metrics.items()} if evaluates else None
+                run.save(step, state, scores)
+            if evaluates or saves:
+                waiting.reset()
+    run.checkpoints.close()
+    return metrics or run.last_evaluation()
+
+
+SHOWN = {'loss': 'loss', 'images/s': 'images_per_second', 'waiting': 'waiting_for_data'}
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a config describes, ready for the loop."""
+
+    config: dict[str, Any]
+    workdir: Path
+    eval_source: data.Source
+    batches: Iterator[dict[str, np.ndarray]]
+    state: TrainState  # replicated
+    train_step: Callable
+    evaluate: Callable
+    checkpoints: Checkpoints
+    first_step: int
+    total_steps: int
+    thaw_step: float
+    evaluation_steps: set[int]
+    save_steps: set[int]
+
+    def save(self, step: int, state: TrainState, scores: dict[str, float] | None) -> None:
+        position = self.batches.get_state()  # type: ignore[attr-defined]  # Grain's iterators have one
+        self.checkpoints.save(step, parallel.first_replica(state), position, self.config, scores)
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Of a run that had nothing left to do."""
+        rows = [row for row in read_metrics(self.workdir / 'metrics.jsonl') if 'eval/AP' in row]
+        return {name.removeprefix('eval/'): value for name, value in rows[-1].items()} if rows else {}
+
+
+def build(config: ConfigDict, workdir: Path) -> Run:
+    """From a config to a run: opens the data, makes or restores the state. Nothing is written before all of it stands.
+
+    Raises:
+      UserError: as `train_and_evaluate`.
+    """
+    c = run_config.Recorded(config)
+    train_source, eval_source = open_sources(c)
+    remember_classes(config, eval_source)
+    run_config.refuse_another(config, workdir)
+    model = build_model(c.model, len(train_source.class_names), parallel.AXIS)
+    anchors_N4 = image_anchors(c)
+
+    t = c.train
+    host_batch = parallel.host_batch_size('config.train.batch_size', t.batch_size, t.accumulate)
+    steps_per_epoch = max(len(train_source) // t.batch_size, 1)
+    total_steps = max(int(t.epochs * steps_per_epoch), 1)
+    host, num_hosts = parallel.host()
+    batches = iter(
+        data.train_batches(
+            train_source, image_size=tuple(c.image.size), batch_size=host_batch, max_boxes=c.dataset.max_boxes,
+            scale_range=tuple(c.augment.scale), seed=c.seed, host=host, num_hosts=num_hosts, threads=c.dataset.threads,
+            prefetch=c.dataset.prefetch,
+        )
+    )  # fmt: skip
+
+    optimizer, schedule = make_optimizer(c, steps_per_epoch, total_steps)
+    train_step = parallel.map_devices(
+        make_train_step(c, model, optimizer, schedule, anchors_N4), donate=(0,), static=(2,)
+    )
+    detect = parallel.map_devices(make_detect(c, model))
+    evaluate_all = evaluate.make_evaluate(c, eval_source, detect)
+
+    variables = init_variables(model, c.seed)
+    _check_freeze(t.freeze, variables)
+    checkpoints = Checkpoints(workdir, keep=c.checkpoint.keep, best=c.checkpoint.best)
+    state = init_state(variables, optimizer, t.ema_decay)
+    init_from, first_step = t.init_from, checkpoints.latest_step() or 0
+    if first_step:
+        restored = checkpoints.restore(first_step, jax.tree.map(np.asarray, state))
+        state = restored.state
+        batches.set_state(restored.data_position)
+        say(f'continuing {workdir} from step {first_step} of {total_steps}')
+    elif init_from:
+        state = init_state(start_from(Path(init_from), variables), optimizer, t.ema_decay)
+
+    def every(epochs: float) -> set[int]:
+        interval = max(round(epochs * steps_per_epoch), 1)
+        return {*range(interval, total_steps, interval), total_steps}
+
+    evaluation_steps = every(c.eval.every_epochs)
+    run = Run(
+        run_config.to_json(config), workdir, eval_source, batches, parallel.replicate(state), train_step, evaluate_all,
+        checkpoints, first_step, total_steps, thaw_step(c, steps_per_epoch), evaluation_steps,
+        every(c.checkpoint.every_epochs) | evaluation_steps,
+    )  # fmt: skip
+    _ = c.name, c.log.every_steps, c.eval.pictures, c.dataset.category_ids  # read by the loop, and by the Detector
+    run_config.refuse_unread(c)
+    run_config.save(config, workdir)
+    return run
+
+
+def open_sources(config: Any) -> tuple[data.Source, data.Source]:
+    """(training, evaluation) data, with the same classes."""
+    d = config.dataset
+    train_source = data.open_source(d.source, d.train_split, d.class_names)
+    eval_source = data.open_source(d.source, d.eval_split, train_source.class_names)
+    for note in dict.fromkeys((*train_source.notes, *eval_source.notes)):
+        say(f'note: {note}')
+    return train_source, eval_source
+
+
+def remember_classes(config: ConfigDict, source: data.Source) -> None:
+    """Fills in what the config left to the data, so that `config.json` alone says what a label means."""
+    with config.unlocked():
+        config.dataset.class_names = source.class_names
+        config.dataset.category_ids = config.dataset.category_ids or source.category_ids
+
+
+def start_from(workdir: Path, fresh: Variables) -> Variables:
+    """`fresh` with the best weights of another run; prints what was loaded."""
+    step, weights = load_variables(workdir)
+    variables, rows = transfer(fresh, weights)
+    title = f'starting from {workdir}, step {step}'
+    say(table(('part', 'loaded', 're-initialised', 'skipped'), rows, title))
+    return variables
+
+
+def _check_freeze(pattern: str, variables: Variables) -> None:
+    paths = traverse_util.flatten_dict(variables['params'])
+    if pattern and not any(path_matches(pattern, path) for path in paths):
+        raise UserError(
+            f'config.train.freeze={pattern!r} matches no parameter: paths look like {"/".join(next(iter(paths)))}'
+        )
+
+
+def evaluate_best(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """Metrics of the best checkpoint of `workdir` on the config's evaluation split.
+
+    Raises:
+      UserError: where the work directory holds no run of this config.
+    """
+    _, source = open_sources(config)
+    remember_classes(config, source)
+    run_config.refuse_another(config, workdir)
+    step, variables = load_variables(workdir)
+    say(f'evaluating {workdir}, step {step}, on {len(source)} images')
+    detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
+    metrics, _ = evaluate.make_evaluate(config, source, detect)(parallel.replicate(variables))
+    return metrics
+
+
+def report(metrics: dict[str, float], workdir: Path) -> None:
+    """Prints the tables a run ends with."""
+    classes = [name.removeprefix('AP/') for name in metrics if name.startswith('AP/')]
+    say('\n' + evaluate.summary(metrics, tuple(classes)))
+    say(f'\n{workdir}: config.json  metrics.jsonl  checkpoints/  tensorboard/  pictures/')

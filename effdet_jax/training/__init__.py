@@ -1,0 +1,1 @@
+"""State, step, optimiser and devices: what a training loop is made of."""

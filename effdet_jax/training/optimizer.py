@@ -1,0 +1,124 @@
+"""Optimiser, learning rate and freezing, from `config.optimizer`, `config.schedule` and `config.train` (spec 8)."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from effdet_jax.errors import UserError
+
+REFERENCE_BATCH = 64  # official learning rates are stated for this batch size
+
+
+def path_matches(pattern: str, path: tuple[str, ...]) -> bool:
+    """Whether `pattern`, a regex, matches the parameter path 'backbone/stem/conv/kernel' from its start."""
+    return bool(pattern) and re.match(pattern, '/'.join(path)) is not None
+
+
+def make_optimizer(config: Any, steps_per_epoch: int, total_steps: int) -> tuple[optax.GradientTransformation, Callable]:
+    """(optimiser, schedule: step -> learning rate).
+
+    L2 of the loss, then zero for what is frozen, then clipping, then the optimiser proper, then the learning rate. What is
+    frozen keeps an optimiser state of its own, untouched until it thaws; the rest's survives the switch.
+
+    Raises:
+      UserError: for an unknown name or a regex that is none.
+    """
+    c = config.optimizer
+    if c.name not in OPTIMIZERS:
+        raise UserError(f'config.optimizer.name={c.name!r} is unknown: choose one of {", ".join(OPTIMIZERS)}')
+    schedule = make_schedule(config.schedule, config.train.batch_size, steps_per_epoch, total_steps)
+    thaw_at, pattern = thaw_step(config, steps_per_epoch), config.train.freeze
+
+    def thawed(step: jax.Array) -> jax.Array:
+        return step >= thaw_at
+
+    def labels(params: Any) -> Any:
+        return traverse_util.path_aware_map(lambda path, _: 'late' if path_matches(pattern, path) else 'always', params)
+
+    core = OPTIMIZERS[c.name](c.momentum, c.weight_decay)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(config.loss.l2, mask=is_kernel),
+        # The decay above also reaches frozen parameters: take it back before it counts in the clipping norm.
+        optax.partition(
+            {'always': optax.identity(), 'late': optax.transforms.conditionally_mask(optax.identity(), thawed)}, labels
+        ),
+        clip_each(c.clip_norm),
+        optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
+        optax.partition({'always': core, 'late': optax.transforms.conditionally_mask(core, thawed)}, labels),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return optimizer, schedule
+
+
+def thaw_step(config: Any, steps_per_epoch: int) -> float:
+    """The step from which everything is trained: 0 where nothing is frozen, infinity where it is for good.
+
+    Raises:
+      UserError: where the freeze regex is none.
+    """
+    pattern, epoch = config.train.freeze, config.train.unfreeze_epoch
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f'config.train.freeze={pattern!r} is no regular expression: {error}') from error
+    if not pattern:
+        return 0
+    return math.inf if epoch is None else epoch * steps_per_epoch
+
+
+def is_kernel(params: Any) -> Any:
+    """True for convolution kernels, False for biases, batch norm and edge weights."""
+    return traverse_util.path_aware_map(lambda path, _: path[-1] == 'kernel', params)
+
+
+# name -> (momentum, weight decay) -> update direction, before the learning rate
+OPTIMIZERS: dict[str, Callable[[float, float], optax.GradientTransformation]] = {
+    'sgd': lambda momentum, _: optax.trace(momentum),
+    'adam': lambda momentum, _: optax.scale_by_adam(b1=momentum),
+    'adamw': lambda momentum, decay: optax.chain(
+        optax.scale_by_adam(b1=momentum), optax.add_decayed_weights(decay, mask=is_kernel)
+    ),
+}
+
+
+def clip_each(norm: float) -> optax.GradientTransformation:
+    """Each gradient by its own norm: the first of the two stages of the reference."""
+
+    def clip(gradient: jax.Array) -> jax.Array:
+        return gradient * jnp.minimum(1.0, norm / jnp.maximum(jnp.linalg.norm(gradient), 1e-16))
+
+    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates)) if norm else optax.identity()
+
+
+def make_schedule(c: Any, batch_size: int, steps_per_epoch: int, total_steps: int) -> Callable[[Any], jax.Array]:
+    """Linear warm-up, then the decay that `c.decay` names. Both rates are scaled with the batch size where asked for.
+
+    The cosine counts from step 0, not from the end of the warm-up, as the reference does.
+
+    Raises:
+      UserError: for an unknown decay.
+    """
+    drop_steps = [epoch * steps_per_epoch for epoch in c.step_epochs]
+    decays = {
+        'cosine': lambda t: 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(t / total_steps, 1.0))),
+        'step': lambda t: 0.1 ** sum(jnp.float32(t >= drop) for drop in drop_steps),
+        'constant': lambda t: 1.0,
+    }
+    if c.decay not in decays:
+        raise UserError(f'config.schedule.decay={c.decay!r} is unknown: choose one of {", ".join(decays)}')
+    factor = batch_size / REFERENCE_BATCH if c.scale_with_batch else 1.0
+    rate, start, decay = c.learning_rate * factor, c.warmup_start * factor, decays[c.decay]
+    warmup_steps = max(int(c.warmup_epochs * steps_per_epoch), 1)
+
+    def schedule(step: Any) -> jax.Array:
+        t = jnp.asarray(step, jnp.float32)
+        warm = start + t / warmup_steps * (rate - start)
+        return jnp.where(t < warmup_steps, warm, rate * decay(t))
+
+    return schedule

@@ -1,0 +1,44 @@
+"""All that changes during a run. It is one pytree, and so one checkpoint."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Randomness is a function of `step` and the seed, so no key is kept."""
+
+    step: jax.Array  # int32, number of steps done
+    variables: Variables
+    ema: Variables  # moving average of the variables; empty where none is kept
+    optimizer: optax.OptState
+
+    @property
+    def best_variables(self) -> Variables:
+        """What to evaluate and to deploy: the average where there is one."""
+        return self.ema or self.variables
+
+
+def init_variables(model: nn.Module, seed: int) -> Variables:
+    """Fresh parameters and batch statistics. Their shapes do not depend on the image size."""
+    images = jnp.zeros((1, 64, 64, 3))
+    return jax.jit(lambda key: model.init(key, images))(jax.random.key(seed))
+
+
+def init_state(variables: Variables, optimizer: optax.GradientTransformation, ema_decay: float) -> TrainState:
+    """Step 0 from given variables."""
+    ema = jax.tree.map(jnp.copy, variables) if ema_decay else {}  # a copy, because the state's buffers are donated
+    return TrainState(jnp.zeros((), jnp.int32), variables, ema, jax.jit(optimizer.init)(variables['params']))
+
+
+def update_ema(ema: Variables, variables: Variables, decay: float, step: jax.Array) -> Variables:
+    """decay <- min(decay, (1 + t) / (10 + t)): an average that starts short does not remember the random start (spec 8)."""
+    decay_t = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda average, value: decay_t * average + (1.0 - decay_t) * value, ema, variables)

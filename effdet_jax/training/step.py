@@ -1,0 +1,143 @@
+"""One training step, written for one device of a mapped axis: batch in, new state and metrics out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from effdet_jax.detection import assignment, losses, preprocess
+from effdet_jax.errors import UserError
+from effdet_jax.model import EfficientDet
+from effdet_jax.training import augment
+from effdet_jax.training.optimizer import is_kernel, path_matches
+from effdet_jax.training.state import TrainState, Variables, update_ema
+
+Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], valid_size [B, 2], boxes [B, M, 4] yxyx, labels [B, M]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    config: Any,
+    model: EfficientDet,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable,
+    anchors_N4: Any,
+) -> Callable[[TrainState, Batch, bool], tuple[TrainState, Metrics]]:
+    """`step(state, batch, frozen)`, to be mapped over `model.axis_name`; `frozen` is static: the freeze regex is in force.
+
+    Raises:
+      UserError: where the config's values do not go together.
+    """
+    c, ema_decay, parts, flip = config.loss, config.train.ema_decay, config.train.accumulate, config.augment.flip
+    mean, std, seed, freeze, axis = config.image.mean, config.image.std, config.seed, config.train.freeze, model.axis_name
+    box_weight, iou_kind, iou_weight, l2 = c.box_weight, c.iou_kind, c.iou_weight, c.l2
+    focal = dict(alpha=c.alpha, gamma=c.gamma, label_smoothing=c.label_smoothing)
+    delta, match_threshold = c.delta, c.match_threshold
+    if iou_kind and iou_kind not in losses.IOU_PENALTIES:
+        raise UserError(f'config.loss.iou_kind={iou_kind!r} is unknown: choose one of {", ".join(losses.IOU_PENALTIES)}')
+
+    def detection_loss(
+        params: Any, batch_stats: Any, images: jax.Array, targets: assignment.Targets, normalizer: jax.Array, key: Any
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        variables = {'params': params, 'batch_stats': batch_stats}
+        outputs, updates = model.apply(
+            variables, images, train=True, mutable=['batch_stats'], rngs={'stochastic_depth': key}
+        )
+        class_loss = losses.focal_loss(outputs.class_logits, targets.classes, **focal).sum() / normalizer
+        box_loss = losses.huber_loss(outputs.box_regressions, targets.regressions, delta).sum() / (4 * normalizer)
+        total, metrics = class_loss + box_weight * box_loss, {'class_loss': class_loss, 'box_loss': box_loss}
+        if iou_kind:
+            penalty_BN = losses.iou_loss(outputs.box_regressions, targets.regressions, anchors_N4, iou_kind)
+            metrics['iou_loss'] = penalty_BN.sum() / normalizer
+            total += iou_weight * metrics['iou_loss']
+        return total, (updates['batch_stats'], metrics | {'loss': total})
+
+    def train_step(state: TrainState, batch: Batch, frozen: bool = False) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        flip_key, depth_key = jax.random.split(key)
+        images_u8, boxes_BM4 = batch['image'], batch['boxes']
+        if flip:
+            keys_B = _keys_of_samples(flip_key, images_u8.shape[0], axis)
+            images_u8, boxes_BM4 = jax.vmap(augment.random_flip)(keys_B, images_u8, boxes_BM4, batch['valid_size'])
+        images = preprocess.normalize(images_u8, batch['valid_size'], mean, std)
+        targets = jax.vmap(assignment.assign, (None, 0, 0, None))(
+            jnp.asarray(anchors_N4), boxes_BM4, batch['labels'], match_threshold
+        )
+        num_positives = _sum_over(axis, targets.num_positives.sum())
+        normalizer = num_positives + 1  # an image without objects must not divide by zero
+
+        params, batch_stats = state.variables['params'], state.variables['batch_stats']
+        with nn.intercept_methods(_frozen_batch_norm(freeze if frozen else '')):
+
+            def gradients_of(batch_stats: Any, part: tuple) -> tuple[Any, tuple[Any, Metrics]]:
+                def loss(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
+                    # No gradient reaches what is frozen, so XLA drops that part of the backward pass.
+                    kept = _stop_gradient(params, freeze) if frozen else params
+                    return detection_loss(kept, batch_stats, *part, normalizer, depth_key)
+
+                gradients, (batch_stats, metrics) = jax.grad(loss, has_aux=True)(params)
+                return batch_stats, (gradients, metrics)
+
+            batch_stats, (gradients, metrics) = _in_parts(parts, gradients_of, batch_stats, (images, targets))
+        # Each device has divided by the positives of all: the sum is the gradient of the whole batch.
+        gradients, metrics = _sum_over(axis, (gradients, metrics))
+
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+        variables: Variables = {'params': optax.apply_updates(params, updates), 'batch_stats': batch_stats}
+        ema = update_ema(state.ema, variables, ema_decay, state.step) if ema_decay else state.ema
+
+        metrics['l2_loss'] = l2 * 0.5 * sum(jnp.vdot(k, k) for k in _kernels(params))
+        metrics['loss'] += metrics['l2_loss']
+        metrics |= {
+            'gradient_norm': optax.tree.norm(gradients),
+            'learning_rate': schedule(state.step),
+            'positives': num_positives,
+        }
+        return TrainState(state.step + 1, variables, ema, optimizer_state), metrics
+
+    return train_step
+
+
+def _sum_over(axis: str | None, tree: Any) -> Any:
+    return jax.lax.psum(tree, axis) if axis else tree
+
+
+def _keys_of_samples(key: jax.Array, batch: int, axis: str | None) -> jax.Array:
+    """A key per sample from its place in the global batch: the same for any number of devices."""
+    first = jax.lax.axis_index(axis) * batch if axis else 0
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(batch))
+
+
+def _in_parts(parts: int, function: Callable, carry: Any, batch: Any) -> tuple[Any, Any]:
+    """`function(carry, batch) -> (carry, sums)` on `parts` equal slices of the batch, one after the other; sums added up."""
+    if parts == 1:
+        return function(carry, batch)
+    # Slices are strided: with several devices each slice then holds the same samples as it would with one.
+    sliced = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    carry, sums = jax.lax.scan(function, carry, sliced)
+    return carry, jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+
+def _frozen_batch_norm(pattern: str) -> Callable:
+    """A Flax interceptor: batch norm whose path matches uses its stored statistics and leaves them alone."""
+
+    def intercept(method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, nn.BatchNorm) and path_matches(pattern, context.module.path):
+            kwargs = kwargs | {'use_running_average': True}
+        return method(*args, **kwargs)
+
+    return intercept
+
+
+def _stop_gradient(params: Any, pattern: str) -> Any:
+    return traverse_util.path_aware_map(
+        lambda path, p: jax.lax.stop_gradient(p) if path_matches(pattern, path) else p, params
+    )
+
+
+def _kernels(params: Any) -> list[jax.Array]:
+    return [p for p, kernel in zip(jax.tree.leaves(params), jax.tree.leaves(is_kernel(params)), strict=True) if kernel]

@@ -1,0 +1,42 @@
+"""Starting from the weights of another run: what fits is taken, and the rest is accounted for."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from effdet_jax.errors import UserError
+from effdet_jax.training.state import Variables
+
+MAY_DIFFER = ('params', 'class_net', 'predict')  # the one part that depends on the number of classes
+
+Row = tuple[str, int, int, int]  # part, parameters loaded, re-initialised, skipped
+
+
+def transfer(fresh: Variables, source: Variables) -> tuple[Variables, list[Row]]:
+    """`fresh` with every array that `source` has under the same path and in the same shape, and a table of what came of it.
+
+    Raises:
+      UserError: where anything but the class predictor differs, naming the first differences.
+    """
+    ours, theirs = traverse_util.flatten_dict(fresh), traverse_util.flatten_dict(source)
+    loaded = {p for p in ours.keys() & theirs.keys() if ours[p].shape == theirs[p].shape}
+    wrong = sorted(p for p in (ours.keys() | theirs.keys()) - loaded if p[: len(MAY_DIFFER)] != MAY_DIFFER)
+    if wrong:
+        names = ', '.join('/'.join(p) for p in wrong[:3])
+        raise UserError(
+            f'the weights to start from belong to another model: {len(wrong)} arrays differ beside the class predictor, '
+            f'the first are {names}; set config.train.init_from to a run of the same model'
+        )
+    merged = {path: jax.numpy.asarray(theirs[path]) if path in loaded else value for path, value in ours.items()}
+
+    def count(tree: dict, paths: Any, part: str) -> int:
+        return sum(int(np.prod(tree[p].shape)) for p in paths if p[0] == 'params' and p[1] == part)
+
+    parts = dict.fromkeys(path[1] for path in ours if path[0] == 'params')
+    rows = [
+        (part, count(ours, loaded, part), count(ours, ours.keys() - loaded, part), count(theirs, theirs.keys() - loaded, part))
+        for part in parts
+    ]  # fmt: skip
+    return traverse_util.unflatten_dict(merged), rows

@@ -1,0 +1,5 @@
+"""Weights of other implementations, by name."""
+
+from effdet_jax.weights.names import from_official, official_names
+
+__all__ = ['from_official', 'official_names']

@@ -1,0 +1,87 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from effdet_jax.data import Source, open_source, resolve_split, shapes
+from effdet_jax.errors import UserError
+
+
+def test_shapes_are_a_range_of_pictures():
+    source = open_source('shapes', '10:13')
+    assert isinstance(source, Source) and len(source) == 3
+    assert source.class_names == shapes.CLASS_NAMES and source.category_ids == (1, 2, 3, 4, 5)
+    np.testing.assert_array_equal(source[2].image, shapes.draw(12).image)
+    assert source.annotations(2).image_id == 12
+    with pytest.raises(IndexError):
+        source[3]
+
+
+@pytest.mark.parametrize(
+    ('split', 'expected'),
+    [
+        ('train', ('voc:R', 'train')),
+        ('train[:90%]+test', ('voc:R', 'train[:90%]+test')),
+        ('shapesque', ('voc:R', 'shapesque')),
+        ('coco:val.json,val', ('coco:val.json,val', '')),
+        ('tfds:voc/2007@test', ('tfds:voc/2007@test', '')),
+        ('shapes@5:9', ('shapes@5:9', '')),
+    ],
+)
+def test_split_may_be_a_source(split, expected):
+    assert resolve_split('voc:R', split) == expected
+
+
+def test_source_given_as_split_is_opened():
+    assert len(open_source('voc:/nowhere', 'shapes@5:9')) == 4
+
+
+def test_concatenation_has_the_parts_in_order():
+    source = open_source('shapes@3:5 + shapes + shapes@9:10', '7:9')
+    ids = [source.annotations(index).image_id for index in range(len(source))]
+    assert ids == [3, 4, 7, 8, 9] == [source[index].annotations.image_id for index in range(5)]
+    with pytest.raises(IndexError):
+        source[5]
+
+
+def test_concatenated_parts_must_have_the_same_classes(tmp_path):
+    (tmp_path / 'a.csv').write_text('image,xmin,ymin,xmax,ymax,label\na.csv,1,2,3,4,cat\n')
+    with pytest.raises(UserError, match=r'the classes cat and shapes.* has ellipse'):
+        open_source(f'shapes@0:2 + csv:{tmp_path}/a.csv')
+
+
+@pytest.mark.parametrize(
+    ('spec', 'split', 'message'),
+    [
+        ('shape', '', "'shape' is no data source: write shapes, tfds:NAME"),
+        ('shapes', '', 'write START:STOP'),
+        ('shapes', '5:5', 'write START:STOP'),
+        ('shapes:big', '0:5', 'shapes:big'),
+        ('coco:a.json,b', 'train', "coco: knows no split, got 'train'"),
+        ('csv:a.csv', 'train', 'csv: knows no split'),
+    ],
+)
+def test_malformed_source_is_explained(spec, split, message):
+    with pytest.raises(UserError, match=message):
+        open_source(spec, split)
+
+
+def test_shapes_have_their_own_classes():
+    with pytest.raises(UserError, match='the classes of shapes are ellipse'):
+        open_source('shapes', '0:5', class_names=('cat',))
+
+
+def test_data_need_neither_jax_nor_tensorflow_datasets():
+    """Start-up stays short, and the batches can be made where there is no accelerator."""
+    code = """
+import sys
+for name in ('jax', 'tensorflow', 'tensorflow_datasets'):
+    sys.modules[name] = None  # importing it fails
+from effdet_jax import data
+batches = data.train_batches(data.open_source('shapes', '0:3'), image_size=(64, 64), batch_size=2, max_boxes=8,
+                             scale_range=(0.8, 1.2), seed=0, threads=1)
+print(next(iter(batches))['image'].shape)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout == '(2, 64, 64, 3)\n', done.stderr

@@ -1,0 +1,152 @@
+import json
+import shlex
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from effdet_jax.data import open_source
+from effdet_jax.errors import UserError
+
+tfds = pytest.importorskip('tensorflow_datasets')
+
+SIZES = [(30, 40), (20, 50), (64, 64), (16, 24), (10, 10)]  # height, width
+NAMES = ('ant', 'bee')
+
+
+def image(index: int) -> bytes:
+    return cv2.imencode('.png', np.full((*SIZES[index], 3), 40 * index, np.uint8))[1].tobytes()
+
+
+class TinyDetection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Example i has i objects. The first two boxes are sound, the third has no area."""
+
+    VERSION = tfds.core.Version('1.0.0')
+    BUILDER_CONFIGS = (tfds.core.BuilderConfig(name='2007'),)
+
+    def _info(self):
+        objects = {
+            'bbox': tfds.features.BBoxFeature(),
+            'label': tfds.features.ClassLabel(names=NAMES),
+            'is_difficult': np.bool_,
+        }
+        features = {
+            'image': tfds.features.Image(),
+            'image/filename': tfds.features.Text(),
+            'objects': tfds.features.Sequence(objects),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {'train': self._generate_examples(range(4)), 'test': self._generate_examples([4])}
+
+    def _generate_examples(self, indices):
+        boxes = [(0.0, 0.0, 0.5, 0.5), (0.25, 0.5, 1.0, 1.0), (0.5, 0.1, 0.5, 0.9), (0.0, 0.5, 1.0, 0.75)]
+        for i in indices:
+            objects = [
+                {'bbox': tfds.features.BBox(*boxes[j]), 'label': NAMES[j % 2], 'is_difficult': j == 1} for j in range(i)
+            ]
+            yield i, {'image': image(i), 'image/filename': f'00{i}.png', 'objects': objects}
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory) -> Path:
+    """A data directory with tiny_detection/2007, prepared by TFDS itself, without TensorFlow."""
+    folder = tmp_path_factory.mktemp('tfds')
+    TinyDetection(data_dir=str(folder), file_format='array_record').download_and_prepare()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def data_dir(prepared, monkeypatch):
+    monkeypatch.setenv('TFDS_DATA_DIR', str(prepared))
+
+
+def by_name(source) -> dict:
+    return {source[i].annotations.image_id: source[i] for i in range(len(source))}
+
+
+@pytest.mark.parametrize('name', ['tiny_detection/2007', 'tiny_detection/2007:1.0.0'])
+def test_prepared_dataset_is_read_without_tensorflow(name):
+    source = open_source(f'tfds:{name}', 'train')
+    assert len(source) == 4 and source.class_names == NAMES and source.category_ids == (1, 2)
+    examples = by_name(source)
+    assert set(examples) == {'000', '001', '002', '003'}
+    for index, example in enumerate(examples[f'00{i}'] for i in range(4)):
+        assert example.image == image(index)
+    assert examples['000'].annotations.boxes_yxyx.shape == (0, 4)
+    two = examples['002'].annotations
+    np.testing.assert_array_equal(two.boxes_yxyx, [[0, 0, 32, 32], [16, 32, 64, 64]])
+    np.testing.assert_array_equal(two.labels, [0, 1])
+    np.testing.assert_array_equal(two.areas, [1024, 48 * 32])
+    np.testing.assert_array_equal(two.is_difficult, [False, True])
+    assert not two.is_crowd.any()
+    assert len(examples['003'].annotations.labels) == 2  # the box without area is gone
+
+
+def test_splits_are_those_of_tfds():
+    assert len(open_source('tfds:tiny_detection/2007@test')) == 1
+    assert len(open_source('tfds:tiny_detection/2007', 'train[:50%]+test')) == 3
+    assert len(open_source('tfds:tiny_detection/2007@train + tfds:tiny_detection/2007@test')) == 5
+    with pytest.raises(UserError, match=r"no images in split 'val': choose of (test, train|train, test)"):
+        open_source('tfds:tiny_detection/2007', 'val')
+    with pytest.raises(UserError, match='needs a split'):
+        open_source('tfds:tiny_detection/2007')
+    with pytest.raises(UserError, match='no images in split'):
+        open_source('tfds:tiny_detection/2007', 'train[:0]')
+
+
+def test_given_class_names_fix_the_labels():
+    two = by_name(open_source('tfds:tiny_detection/2007', 'train', class_names=('bee', 'ant')))['002'].annotations
+    np.testing.assert_array_equal(two.labels, [1, 0])
+    source = open_source('tfds:tiny_detection/2007', 'train', class_names=('ant',))
+    with pytest.raises(UserError, match=r"00[23]\.png: label 'bee' is not among the class names \(ant\)"):
+        [source[i] for i in range(4)]
+
+
+@pytest.mark.parametrize('name', ['voc/2007', 'coco/2017', 'no_such_set', 'tiny_detection/2012', '../odd'])
+def test_missing_dataset_is_explained_at_once_and_offline(name, monkeypatch):
+    def connect(*_):
+        raise AssertionError('the network was tried')
+
+    monkeypatch.setattr(socket.socket, 'connect', connect)
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        open_source(f'tfds:{name}', 'train')
+    assert time.monotonic() - start < 10
+    message = str(error.value)
+    assert message.startswith(f'{name} is not prepared in ') and '\n' not in message
+    *_, program = shlex.split(message.split('run: ')[1])  # what a shell makes of the advice is a program
+    assert f'tfds.builder("{name}", file_format="array_record").download_and_prepare()' in program
+    compile(program, 'advice', 'exec')
+
+
+def test_dataset_in_another_format_is_explained(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared / 'tiny_detection', tmp_path / 'tiny_detection')
+    info_file = tmp_path / 'tiny_detection' / '2007' / '1.0.0' / 'dataset_info.json'
+    info_file.write_text(json.dumps({**json.loads(info_file.read_text()), 'fileFormat': 'tfrecord'}))
+    monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+    with pytest.raises(
+        UserError, match=r'is stored as tfrecord.*tfds convert_format --dataset_version_dir=.*/1\.0\.0 '
+    ):
+        open_source('tfds:tiny_detection/2007', 'train')
+
+
+def test_mocked_dataset(prepared):
+    """TFDS's own mocking, with examples of ours: its random ones give one image boxes and labels of unequal number."""
+    record = {
+        'image': image(1),
+        'objects': {'bbox': np.array([[0, 0.2, 0.5, 0.6]], np.float32), 'label': np.array([1]), 'area': [7]},
+        'image/id': 123,
+    }
+    with tfds.testing.mock_data(data_dir=str(prepared), as_data_source_fn=lambda self, split, **_: [record] * 3):
+        source = open_source('tfds:tiny_detection/2007', 'train')
+    assert len(source) == 3 and source.class_names == NAMES
+    annotations = source.annotations(2)
+    np.testing.assert_allclose(annotations.boxes_yxyx, [[0, 10, 10, 30]], rtol=1e-6)
+    np.testing.assert_array_equal(annotations.areas, [7])
+    assert annotations.image_id == 123

@@ -1,0 +1,154 @@
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from effdet_jax.data import transforms
+from effdet_jax.errors import UserError
+
+GOLDEN = Path(__file__).parents[1] / 'goldens' / 'preprocess.npz'
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+def pixel_boxes(golden) -> np.ndarray:
+    height, width = golden['image'].shape[:2]
+    return golden['boxes_normalized_yxyx'] * np.array([height, width, height, width], np.float32)
+
+
+def test_evaluation_image_is_the_official_one_up_to_rounding():
+    golden = np.load(GOLDEN)
+    image, (height, width), image_scale = transforms.resize_and_pad(golden['image'], (128, 128))
+    normalized = (image / 255 - MEAN) / STD
+    normalized[height:] = 0
+    normalized[:, width:] = 0
+    assert (height, width) == (88, 127)  # 127, not 128: float32 truncates
+    assert image_scale == golden['image_scale']
+    grey_levels = np.abs(normalized - golden['output']) * STD * 255
+    assert grey_levels.max() < 0.76  # half a level of rounding, and OpenCV's 11-bit weights
+
+
+def test_training_without_jitter_is_evaluation_with_the_official_boxes():
+    golden = np.load(GOLDEN)
+    image, valid_size, boxes, kept = transforms.jitter_resize_crop(
+        golden['image'], pixel_boxes(golden), (128, 128), (1.0, 1.0), np.random.default_rng(0)
+    )
+    expected_image, expected_size, _ = transforms.resize_and_pad(golden['image'], (128, 128))
+    np.testing.assert_array_equal(boxes, golden['boxes_yxyx'])
+    np.testing.assert_array_equal(image, expected_image)
+    assert valid_size == expected_size and kept.all()
+
+
+sides = st.integers(1, 60)
+
+
+@given(height=sides, width=sides, out_height=sides, out_width=sides)
+def test_scaled_image_fits_and_touches_one_side(height, width, out_height, out_width):
+    (new_height, new_width), _ = transforms.scaled_size(height, width, (out_height, out_width))
+    assert 1 <= new_height <= out_height and 1 <= new_width <= out_width
+    assert new_height >= out_height - 1 or new_width >= out_width - 1
+
+
+@given(
+    height=sides,
+    width=sides,
+    out=st.tuples(st.integers(2, 40), st.integers(2, 40)),
+    low=st.floats(0.1, 1),
+    seed=st.integers(0, 99),
+)
+def test_jittered_boxes_stay_inside_and_on_their_pixels(height, width, out, low, seed):
+    # an image that is white only inside the box: its centre must stay white and its far surroundings black
+    y1, x1 = height // 4, width // 4
+    box = np.array([[y1, x1, height, width]], np.float32)
+    image = np.zeros((height, width, 3), np.uint8)
+    image[y1:, x1:] = 255
+    rng = np.random.default_rng(seed)
+    jittered, valid_size, boxes, kept = transforms.jitter_resize_crop(image, box, out, (low, 2.0), rng)
+    assert jittered.shape == (*out, 3) and valid_size[0] <= out[0] and valid_size[1] <= out[1]
+    assert len(boxes) == kept.sum()
+    assert (jittered[valid_size[0] :] == 0).all() and (jittered[:, valid_size[1] :] == 0).all()
+    for top, left, bottom, right in boxes:
+        assert 0 <= top < bottom <= out[0] - 1 and 0 <= left < right <= out[1] - 1
+        if bottom - top > 8 and right - left > 8 and min(height, width) > 4:
+            assert jittered[int((top + bottom) / 2), int((left + right) / 2)].min() > 250
+
+
+def test_boxes_cropped_away_are_named_as_such():
+    image = np.zeros((40, 40, 3), np.uint8)
+    boxes = np.array([[0, 0, 10, 10], [20, 20, 40, 40], [30, 0, 40, 10]], np.float32)
+    rng = np.random.default_rng(1)
+    _, _, left, kept = transforms.jitter_resize_crop(image, boxes, (40, 40), (2.0, 2.0), rng)
+    assert kept.shape == (3,) and 0 < kept.sum() < 3 and len(left) == kept.sum()
+
+
+def png(array: np.ndarray, mode: str | None = None, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array, mode).save(buffer, 'PNG', **options)
+    return buffer.getvalue()
+
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+GREY = RGB[..., 0]
+OPAQUE = np.dstack([RGB, np.full((5, 7), 255, np.uint8)])
+PALETTE = Image.fromarray(RGB).quantize(8)
+
+
+def palette_png() -> bytes:
+    buffer = io.BytesIO()
+    PALETTE.save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ('encoded', 'expected'),
+    [
+        (png(RGB), RGB),
+        (png(GREY), np.dstack([GREY] * 3)),
+        (png(OPAQUE), RGB),
+        (png(OPAQUE * np.array([1, 1, 1, 0], np.uint8)), np.full_like(RGB, 255)),
+        (cv2.imencode('.png', GREY.astype(np.uint16) * 256)[1].tobytes(), np.dstack([GREY] * 3)),
+        (palette_png(), np.asarray(PALETTE.convert('RGB'))),
+    ],
+    ids=['rgb', 'grey', 'opaque', 'transparent is white', '16 bit', 'palette'],
+)
+def test_any_kind_of_image_becomes_rgb(encoded, expected, tmp_path):
+    np.testing.assert_array_equal(transforms.decode(encoded, 'x'), expected)
+    assert transforms.image_size(encoded, 'x') == (5, 7)
+    (tmp_path / 'x.png').write_bytes(encoded)
+    np.testing.assert_array_equal(transforms.read_image(tmp_path / 'x.png'), expected)
+
+
+@pytest.mark.parametrize('format_', ['JPEG', 'PNG'])
+def test_photograph_is_turned_upright_for_prediction_only(tmp_path, format_):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows are columns
+    buffer = io.BytesIO()
+    Image.fromarray(OPAQUE if format_ == 'PNG' else RGB).save(buffer, format_, exif=exif)
+    (tmp_path / 'x').write_bytes(buffer.getvalue())
+    assert transforms.read_image(tmp_path / 'x').shape == (7, 5, 3)
+    stored = transforms.decode(buffer.getvalue(), 'x')
+    assert stored.shape == (5, 7, 3) and transforms.image_size(buffer.getvalue(), 'x') == (5, 7)
+    np.testing.assert_array_equal(np.rot90(stored, -1), transforms.read_image(tmp_path / 'x'))
+
+
+@pytest.mark.parametrize('encoded', [b'', b'no image', png(RGB)[:20]], ids=['empty', 'text', 'cut off'])
+def test_undecodable_image_is_named(encoded):
+    with pytest.raises(UserError, match=r'^pictures/7\.jpg: '):
+        transforms.decode(encoded, 'pictures/7.jpg')
+
+
+def test_enormous_image_is_refused_before_it_is_decoded():
+    header = bytearray(png(RGB))
+    header[16:24] = (20_000).to_bytes(4, 'big') * 2
+    header[29:33] = __import__('zlib').crc32(header[12:29]).to_bytes(4, 'big')
+    with pytest.raises(UserError, match='178 megapixels'):
+        transforms.decode(bytes(header), 'bomb.png')
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r'nothing\.jpg: cannot be read'):
+        transforms.read_image(tmp_path / 'nothing.jpg')

@@ -1,0 +1,175 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from configs import default
+from effdet_jax.detection.anchors import level_sizes, make_anchors
+from effdet_jax.errors import UserError
+from effdet_jax.model import build_model, depthwise, heads, layers
+from effdet_jax.weights.names import shapes_of
+
+
+def tiny(num_classes=3, **changes):
+    """A small detector that has every kind of layer."""
+    config = default.get_config('nano').model
+    config.update({'channels': 16, 'cells': 1, 'head_layers': 1, 'max_level': 6, 'stochastic_depth': 0.3})
+    config.update(changes)
+    return build_model(config, num_classes)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def depthwise_by_xla():
+    """XLA's own depthwise convolution, which compiles four times faster; test_depthwise.py shows that both are one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(depthwise.jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
+        yield
+
+
+@pytest.fixture(scope='module')
+def images():
+    return jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 64, 3)), jnp.float32)
+
+
+@pytest.fixture(scope='module')
+def variables():
+    """Weights of a network that has learnt something: nothing is zero or one, and no signal dies on the way."""
+    rng = np.random.default_rng(0)
+
+    def weight(path, shape):
+        z = rng.standard_normal(shape.shape)
+        if path[-1] == 'kernel':
+            value = z / np.sqrt(np.prod(shape.shape[:-1]))
+        else:
+            value = {'scale': np.exp(0.2 * z), 'var': np.exp(0.3 * z), 'edge_weights': np.exp(0.2 * z)}.get(
+                path[-1], 0.1 * z
+            )
+        return jnp.asarray(value, jnp.float32)
+
+    return traverse_util.path_aware_map(weight, shapes_of(tiny()))
+
+
+@pytest.fixture(scope='module')
+def apply():
+    return jax.jit(tiny().apply)
+
+
+@pytest.fixture(scope='module')
+def outputs(apply, variables, images):
+    return apply(variables, images)
+
+
+@pytest.fixture(scope='module')
+def train_step(variables, images):
+    """`train_step(model)`: outputs, new batch statistics and gradients of one training pass."""
+
+    def loss(params, model):
+        outputs, updates = model.apply(
+            {**variables, 'params': params}, images, train=True, mutable=['batch_stats'],
+            rngs={'stochastic_depth': jax.random.key(1)},
+        )  # fmt: skip
+        return sum(jnp.mean(output**2) for output in outputs), (outputs, updates)
+
+    def step(model):
+        gradients, (outputs, updates) = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(
+            variables['params'], model
+        )
+        return {'outputs': outputs, 'updates': updates, 'gradients': gradients}
+
+    return step
+
+
+@pytest.fixture(scope='module')
+def trained(train_step):
+    return train_step(tiny())
+
+
+def assert_close(a, b, tolerance):
+    """Leaf by leaf, relative to the largest value of the leaf."""
+    a, b = (traverse_util.flatten_dict(tree, sep='/') for tree in (a, b))
+    assert a.keys() == b.keys()
+    for path, expected in b.items():
+        scale = max(float(jnp.abs(expected).max()), 1e-6)
+        np.testing.assert_allclose(a[path], expected, rtol=0, atol=tolerance * scale, err_msg=path)
+
+
+def as_dict(outputs):
+    return outputs._asdict()
+
+
+@pytest.mark.parametrize(('size', 'max_level'), [((65, 97), 7), ((1, 1), 7), ((40, 200), 8), ((128, 96), 6)])
+def test_any_height_and_width_has_a_row_per_anchor(size, max_level):
+    model = tiny(max_level=max_level)
+    shapes = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((2, *size, 3)))[0]
+    num_anchors = len(make_anchors(level_sizes(size, 3, max_level), size))
+    assert shapes.class_logits.shape == (2, num_anchors, 3)
+    assert shapes.box_regressions.shape == (2, num_anchors, 4)
+
+
+def test_anchors_per_position_follow_the_config():
+    config = default.get_config('nano').model
+    config.anchors.update({'octaves': 2, 'aspect_ratios': (1.0, 3.0)})
+    model = build_model(config, 5)
+    outputs = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))[0]
+    assert outputs.class_logits.shape == (1, (16 + 4 + 1 + 1 + 1) * 4, 5)
+
+
+def test_before_training_every_anchor_says_object_with_probability_one_percent():
+    head = heads.Head(3, 9, 1, 8, 3, 'swish', layers.Norm(), nn.initializers.constant(heads.CLASS_BIAS))
+    outputs, variables = head.init_with_output(jax.random.key(0), [jnp.zeros((1, 2, 2, 8))], False)
+    np.testing.assert_allclose(variables['params']['predict']['pw']['bias'], np.full(27, -4.59512), rtol=1e-6)
+    np.testing.assert_allclose(jax.nn.sigmoid(outputs), np.full((1, 36, 3), 0.01), rtol=1e-5)
+
+
+def test_evaluation_treats_each_image_alone(apply, variables, images, outputs):
+    beside_another = apply(variables, images.at[0].multiply(-2.0))
+    for a, b in zip(beside_another, outputs, strict=True):
+        np.testing.assert_array_equal(a[1], b[1])
+        assert float(jnp.abs(a[0] - b[0]).max()) > 0.1
+
+
+def test_training_updates_every_batch_statistic_and_reaches_every_parameter(variables, trained):
+    before = traverse_util.flatten_dict(variables['batch_stats'], sep='/')
+    after = traverse_util.flatten_dict(trained['updates']['batch_stats'], sep='/')
+    assert after.keys() == before.keys()
+    # At 64 pixels P6 is a single pixel, which still varies over the batch.
+    assert [path for path in before if (before[path] == after[path]).all()] == []
+    gradients = traverse_util.flatten_dict(trained['gradients'], sep='/')
+    assert all(np.isfinite(g).all() for g in gradients.values())
+    assert [path for path, g in gradients.items() if not np.any(g)] == []
+
+
+def test_remat_changes_nothing_but_memory(train_step, trained, variables):
+    model = tiny(remat=True)
+    shapes = jax.tree.map(jnp.shape, variables)
+    assert jax.tree.map(jnp.shape, shapes_of(model)) == shapes
+    again = train_step(model)
+    # The same draws of stochastic depth, the same statistics; the rest is the order of sums.
+    assert_close(as_dict(again['outputs']), as_dict(trained['outputs']), 1e-5)
+    assert_close(again['updates'], trained['updates'], 1e-5)
+    assert_close(again['gradients'], trained['gradients'], 1e-4)
+
+
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(variables, images, outputs):
+    model = tiny(dtype='bfloat16')
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(model))} == {jnp.dtype('float32')}
+
+    def record(variables, images):
+        chosen = ('backbone', 'fpn')
+        return model.apply(variables, images, capture_intermediates=lambda module, _: module.name in chosen)
+
+    low, state = jax.jit(record)(variables, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state['intermediates'])} == {jnp.dtype('bfloat16')}
+    assert {output.dtype for output in low} == {jnp.dtype('float32')}
+    for a, b in zip(low, outputs, strict=True):
+        # A few per cent of the spread after some forty layers of eight-bit mantissas.
+        assert 0 < float(jnp.abs(a - b).mean()) < 0.05 * float(b.std())
+
+
+@pytest.mark.parametrize('key', ['backbone', 'feature_network', 'fusion', 'dtype'])
+def test_unknown_names_are_refused_with_the_known_ones(key):
+    known = {'backbone': 'lite3', 'feature_network': 'bifpn', 'fusion': 'softmax', 'dtype': 'bfloat16'}[key]
+    with pytest.raises(UserError, match=rf"config\.model\.{key}='b99' is unknown: choose one of .*{known}"):
+        tiny(**{key: 'b99'})

@@ -1,0 +1,109 @@
+"""The sizes of the published models, as read off the reference implementations (spec 1 and 2)."""
+
+import jax
+import pytest
+
+from configs import default
+from effdet_jax.detection.anchors import level_sizes, make_anchors
+from effdet_jax.model import efficientnet
+
+PARAMETERS_AND_ANCHORS = {
+    'd0': (3_880_067, 49_104),
+    'd1': (6_625_898, 76_725),
+    'd2': (8_097_039, 110_484),
+    'd3': (12_032_296, 150_381),
+    'd4': (20_723_675, 196_416),
+    'd5': (33_653_315, 306_900),
+    'd6': (51_871_782, 306_900),
+    'd7': (51_871_782, 441_936),
+    'd7x': (77_147_166, 442_260),
+    'lite0': (3_243_470, 19_206),
+    'lite1': (4_248_318, 27_621),
+    'lite2': (5_252_334, 37_629),
+    'lite3': (8_350_862, 49_104),
+    'lite3x': (9_280_862, 76_725),
+    'lite4': (15_130_894, 76_725),
+}
+
+PARTS = {  # backbone, fpn with the projection of P6, class_net, box_net
+    'd0': (3_595_388, 196_281, 69_354, 19_044),
+    'd7x': (62_143_440, 13_112_064, 1_094_826, 796_836),
+    'lite0': (2_958_848, 196_224, 69_354, 19_044),
+}
+
+BACKBONES = {  # stem, output channels of the stages, blocks of the stages
+    'b0': (32, (16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
+    'b1': (32, (16, 24, 40, 80, 112, 192, 320), (2, 3, 3, 4, 4, 5, 2)),
+    'b2': (32, (16, 24, 48, 88, 120, 208, 352), (2, 3, 3, 4, 4, 5, 2)),
+    'b3': (40, (24, 32, 48, 96, 136, 232, 384), (2, 3, 3, 5, 5, 6, 2)),
+    'b4': (48, (24, 32, 56, 112, 160, 272, 448), (2, 4, 4, 6, 6, 8, 2)),
+    'b5': (48, (24, 40, 64, 128, 176, 304, 512), (3, 5, 5, 7, 7, 9, 3)),
+    'b6': (56, (32, 40, 72, 144, 200, 344, 576), (3, 6, 6, 8, 8, 11, 3)),
+    'b7': (64, (32, 48, 80, 160, 224, 384, 640), (4, 7, 7, 10, 10, 13, 4)),
+    'lite0': (32, (16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
+    'lite1': (32, (16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
+    'lite2': (32, (16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1)),
+    'lite3': (32, (24, 32, 48, 96, 136, 232, 384), (1, 3, 3, 5, 5, 6, 1)),
+    'lite4': (32, (24, 32, 56, 112, 160, 272, 448), (1, 4, 4, 6, 6, 8, 1)),
+}
+KERNELS = (3, 3, 5, 3, 5, 5, 3)
+STRIDES = (1, 2, 2, 2, 1, 2, 1)
+EXPANSIONS = (1, 6, 6, 6, 6, 6, 6)
+BLOCKS = {
+    'b0': 16, 'b1': 23, 'b2': 23, 'b3': 26, 'b4': 32, 'b5': 39, 'b6': 45, 'b7': 55,
+    'lite0': 16, 'lite1': 21, 'lite2': 21, 'lite3': 24, 'lite4': 30,
+}  # fmt: skip
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize('name', PARAMETERS_AND_ANCHORS)
+def test_parameters(name, shapes):
+    assert count(shapes(name)['params']) == PARAMETERS_AND_ANCHORS[name][0]
+
+
+@pytest.mark.parametrize('name', PARTS)
+def test_parameters_of_each_part(name, shapes):
+    params = dict(shapes(name)['params'])
+    heads = params.pop('class_net'), params.pop('box_net')
+    backbone = params.pop('backbone')
+    assert tuple(map(count, (backbone, params, *heads))) == PARTS[name]
+
+
+@pytest.mark.parametrize('name', PARAMETERS_AND_ANCHORS)
+def test_anchors(name):
+    config = default.get_config(name)
+    size, anchors = config.image.size, config.model.anchors
+    sizes = level_sizes(size, 3, config.model.max_level)
+    made = make_anchors(sizes, size, anchors.scale, anchors.octaves, anchors.aspect_ratios)
+    assert made.shape == (PARAMETERS_AND_ANCHORS[name][1], 4)
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_block_table(name):
+    stem, channels, repeats = BACKBONES[name]
+    variant = efficientnet.VARIANTS[name]
+    assert efficientnet.stem_channels(variant) == stem
+    inputs = (stem, *channels)
+    expected = [
+        (KERNELS[s], STRIDES[s] if r == 0 else 1, EXPANSIONS[s], inputs[s] if r == 0 else channels[s], channels[s])
+        for s in range(7)
+        for r in range(repeats[s])
+    ]
+    table = efficientnet.block_table(variant)
+    assert [block[:5] for block in table] == expected
+    assert len(table) == BLOCKS[name]
+    ends = {block.ends_level: (i, block.out_channels) for i, block in enumerate(table) if block.ends_level}
+    last_blocks = [sum(repeats[: s + 1]) - 1 for s in range(7)]
+    # Stages 1, 2, 3, 5 and 7 are the last of their resolution.
+    assert ends == {level: (last_blocks[s], channels[s]) for level, s in zip(range(1, 6), (0, 1, 2, 4, 6), strict=True)}
+
+
+@pytest.mark.parametrize(
+    ('channels', 'rounded'),
+    [(16 * 1.0, 16), (3.0, 8), (24 * 1.1, 24), (40 * 1.1, 48), (32 * 1.4, 48), (16 * 1.2, 24), (320 * 2.0, 640)],
+)
+def test_rounding_of_channels(channels, rounded):
+    assert efficientnet.round_channels(channels) == rounded

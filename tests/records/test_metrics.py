@@ -1,0 +1,195 @@
+import json
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from effdet_jax.errors import UserError
+from effdet_jax.records import metrics
+from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, read_metrics, say, table, track
+
+LOOP = """
+import time
+from effdet_jax.records import metrics
+metrics.SECONDS_BETWEEN_LINES = 0
+with metrics.Progress(3, start=1, description='training') as progress:
+    for step in (2, 3):
+        progress.update(step, {'loss': 0.5 / step, 'images/s': 85.25, 'waiting': 0.03})
+        for image in metrics.track('ab', 2, 'evaluating'):
+            metrics.say(f'[done] {image}')
+            time.sleep(0.3 * (image == 'b'))  # a bar is drawn four times a second
+"""
+
+
+def test_rows_are_read_as_written(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {'train/loss': np.float32(0.5), 'train/images_per_second': 8})
+        log.write(2, {'train/loss': 0.25, 'eval/AP': math.nan, 'eval/worst': math.inf})
+        assert len(read_metrics(tmp_path / 'metrics.jsonl')) == 2  # before the log is closed
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert json.loads(lines[0]) == {'step': 1, 'train/loss': 0.5, 'train/images_per_second': 8.0}
+    assert json.loads(lines[1]) == {'step': 2, 'train/loss': 0.25, 'eval/AP': None, 'eval/worst': None}
+    assert lines[1].startswith('{"step": 2')
+    assert math.isnan(read_metrics(tmp_path / 'metrics.jsonl')[1]['eval/AP'])
+
+
+def test_a_resumed_run_writes_what_an_uninterrupted_one_writes(tmp_path):
+    def run(workdir, *parts):
+        for first, last in parts:
+            with MetricsLog(workdir, resume_step=first) as log:
+                for step in range(first + 1, last + 1):
+                    log.write(step, {'train/loss': 1 / step})
+        return (workdir / 'metrics.jsonl').read_text()
+
+    assert run(tmp_path / 'two', (0, 5), (3, 8)) == run(tmp_path / 'one', (0, 8))
+    assert run(tmp_path / 'two', (0, 2)) == run(tmp_path / 'short', (0, 2))
+
+
+def test_a_torn_last_line_is_forgotten(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 1}\n{"step": 2, "train/lo')
+    assert read_metrics(path) == [{'step': 1}]
+    with MetricsLog(tmp_path, resume_step=7) as log:
+        log.write(8, {})
+    assert path.read_text() == '{"step": 1}\n{"step": 8}\n'
+    assert [file.name for file in tmp_path.iterdir() if file.suffix == '.tmp'] == []
+
+
+@pytest.mark.parametrize('line', ['nonsense', '[1]', '{"loss": 1}', ''])
+def test_a_foreign_line_is_the_users_error(tmp_path, line):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match='line 2 is not a JSON object with a step'):
+        read_metrics(path)
+
+
+def test_a_missing_file_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path / 'metrics.jsonl') == []
+
+
+def test_tensorboard_gets_numbers_pictures_text_and_the_step_to_forget_from(tmp_path):
+    picture = np.zeros((4, 6, 3), np.uint8)
+    with MetricsLog(tmp_path, resume_step=10) as log:
+        log.write(11, {'train/loss': 0.5, 'eval/AP': math.nan})
+        log.pictures(11, {'eval/first': picture})
+        log.text('config', '`a = 1`')
+    events = read_events(tmp_path / 'tensorboard')
+    assert [event.step for event in events if event.session_log.status == 1] == [11]
+    values = {value.tag: value for event in events for value in event.summary.value}
+    assert values.keys() == {'train/loss', 'eval/first', 'config/text_summary'}
+    assert values['train/loss'].simple_value == 0.5
+    assert (values['eval/first'].image.height, values['eval/first'].image.width) == (4, 6)
+    assert (tmp_path / 'pictures' / '00000011' / 'eval' / 'first.png').exists()
+
+
+def test_without_a_terminal_progress_is_plain_lines(capsys, monkeypatch):
+    monkeypatch.setattr(metrics, 'SECONDS_BETWEEN_LINES', 0)
+    with Progress(200, start=100, description='training') as progress:
+        progress.update(150, {'loss': 0.43214, 'images/s': 85.25, 'waiting': 0.031})
+        progress.update(200)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == 'training  step 150/200  loss 0.4321  images/s 85.25  waiting 3%'
+    assert last.startswith('training  step 200/200  loss 0.4321  images/s 85.25  waiting 3%  took 0:00:0')
+
+
+def test_plain_lines_keep_their_distance_but_the_last_one_comes(capsys):
+    with Progress(1000) as progress:
+        for step in range(1, 1001):
+            progress.update(step)
+    assert capsys.readouterr().out.splitlines() == ['step 1000/1000  took 0:00:00']
+
+
+def test_track_passes_everything_on(capsys):
+    assert list(track(iter('abc'), 3, 'evaluating')) == ['a', 'b', 'c']
+    assert capsys.readouterr().out == 'evaluating  3/3  took 0:00:00\n'
+
+
+def test_piped_output_has_no_control_characters_even_under_force_color():
+    output = run_python(LOOP, FORCE_COLOR='1')
+    assert output.splitlines()[0] == 'training  step 2/3  loss 0.25  images/s 85.25  waiting 3%'
+    assert '[done] b' in output and 'evaluating  2/2' in output
+    assert not {'\r', '\x1b'} & set(output)
+
+
+def test_a_terminal_gets_a_bar_and_lines_above_it():
+    output = run_python(LOOP, terminal=True)
+    assert '\x1b[2K' in output and '━' in output
+    for text in ('training step 3/3', 'evaluating 1/2', 'loss 0.1667  images/s 85.25  waiting 3%', '[done] b'):
+        assert text in without_colors(output)
+    assert '\x1b[35m' not in run_python(LOOP, terminal=True, NO_COLOR='1')
+
+
+def test_waiting_is_the_share_of_time_inside(monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 5.0, 7.0, 10.0, 10.0, 20.0, 20.0, 21.0])
+    monkeypatch.setattr(metrics, 'perf_counter', lambda: next(clock))
+    waiting = Waiting()  # at 0
+    for _ in range(2):  # 1 to 2, 5 to 7
+        with waiting:
+            pass
+    assert waiting.share() == 0.3  # at 10
+    assert waiting.per_second(640) == 64
+    waiting.reset()  # at 20
+    assert waiting.share() == 0 and waiting.per_second(8) == 8
+
+
+def test_table_is_markdown_with_numbers_flush_right():
+    text = table(['class', 'AP', 'boxes'], [['RBC [a]', 0.51239, 12345], ['WBC', math.nan, None]], title='AP per class')
+    assert text.splitlines() == [
+        'AP per class',
+        '| class   |    AP |  boxes |',
+        '|---------|-------|--------|',
+        '| RBC [a] | 0.512 | 12,345 |',
+        '| WBC     |     - |      - |',
+    ]
+
+
+def test_table_without_rows_is_its_header():
+    assert table(['name'], []).splitlines()[0] == '| name |'
+
+
+def test_say_prints_lines_as_they_are(capsys):
+    line = '[bold] 3:4 :smile: ' + 'x' * 300
+    say(line)
+    assert capsys.readouterr().out == f'{line}\n'
+
+
+def run_python(code, terminal=False, **environment):
+    variables = {k: v for k, v in os.environ.items() if k not in ('NO_COLOR', 'FORCE_COLOR')}
+    variables |= {'TERM': 'xterm-256color', 'COLUMNS': '150', 'PYTHONIOENCODING': 'utf-8'} | environment
+    command = [sys.executable, '-c', code]
+    if not terminal:
+        return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
+    reader, writer = pty.openpty()
+    process = subprocess.Popen(command, env=variables, stdout=writer, stderr=writer, stdin=writer)
+    os.close(writer)
+    output = b''
+    try:
+        while chunk := os.read(reader, 65536):
+            output += chunk
+    except OSError:  # Linux says so when the last writer has gone
+        pass
+    os.close(reader)
+    assert process.wait() == 0, output.decode()
+    return output.decode()
+
+
+def without_colors(text):
+    return re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', text)
+
+
+def read_events(folder):
+    """TFRecord framing: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    events = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], 'little')
+            events.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return events
