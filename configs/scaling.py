@@ -37,5 +37,5 @@ SCALES = {
     'lite3x': Scale(640, 'lite3', 200, 6, 4, anchor_scale=3.0, fusion='sum'),
     'lite4': Scale(640, 'lite4', 224, 7, 4, fusion='sum'),
     # Not of the paper: small enough to learn the embedded shapes on two cores in minutes.
-    'nano': Scale(128, 'nano', 32, 2, 2, stochastic_depth=0.0),
+    'nano': Scale(128, 'nano', 64, 2, 3, anchor_scale=2.0, stochastic_depth=0.0),
 }

@@ -8,17 +8,17 @@ from absl import app, flags, logging
 from effdet_jax.errors import UserError
 
 
-def run(main: Callable[[], None], required: Sequence[str] = ()) -> None:
-    """Parses the flags, runs `main`, and turns what the user can mend into one line on stderr and an exit code."""
+def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
+    """Parses the flags, runs `main` on the rest, and turns what the user can mend into one line and an exit code."""
     for name in required:
         flags.mark_flag_as_required(name)
     app.run(lambda arguments: _main(main, arguments), flags_parser=_parse)
 
 
-def _main(main: Callable[[], None], arguments: Sequence[str]) -> None:
+def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax reports every file; what matters to the user we print ourselves
     try:
-        main()
+        main(arguments[1:])
     except UserError as error:
         _fail(str(error), 1)
 

@@ -1,14 +1,68 @@
 import functools
+import gc
+import os
 
+import jax
 import pytest
+import tiny
 
 from configs import default
 from effdet_jax.model import build_model
 from effdet_jax.weights import names
 
+# The tests compile much and compute little. With these, a training step compiles in a third of the time.
+os.environ['XLA_FLAGS'] = ' '.join(
+    [
+        os.environ.get('XLA_FLAGS', ''),
+        '--xla_backend_optimization_level=0',  # LLVM's; XLA's own passes stay as they are
+        '--xla_cpu_use_fusion_emitters=false',
+        '--xla_force_host_platform_device_count=4',  # some tests compare several devices with one
+    ]
+)
+gc.set_threshold(100_000)  # tracing makes many objects and no garbage: a quarter of its time went into looking for it
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache(tmp_path_factory):
+    """A program that two tests need is compiled once."""
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('jax')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
 
 @pytest.fixture(scope='session')
 def shapes():
     """`shapes('d3')`: the variables of a model with 90 classes as shapes; each network is traced once per session."""
-    of_model = functools.cache(names.shapes_of)  # by model, since d6 and d7 are one network
+
+    @functools.cache  # by model, since d6 and d7 are one network
+    def of_model(model):
+        with pytest.MonkeyPatch.context() as patch:
+            use_xlas_depthwise_convolution(patch)
+            return names.shapes_of(model)
+
     return lambda name: of_model(build_model(default.get_config(name).model, num_classes=90))
+
+
+@pytest.fixture(scope='module')
+def depthwise_by_xla():
+    """XLA's depthwise convolution on CPU too, which compiles sooner (test_depthwise.py: ours is the same function)."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_xlas_depthwise_convolution(patch)
+        yield
+
+
+def use_xlas_depthwise_convolution(patch):
+    patch.setattr(jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory):
+    """(work directory, metrics that it ended with, what it printed) of a run with `tiny.config()`."""
+    from effdet_jax import train
+    from effdet_jax.records import metrics
+
+    workdir = tmp_path_factory.mktemp('runs') / 'finished'
+    with pytest.MonkeyPatch.context() as patch:
+        use_xlas_depthwise_convolution(patch)
+        with metrics.console.capture() as printed:
+            numbers = train.train_and_evaluate(tiny.config(), workdir)
+    return workdir, numbers, printed.get()

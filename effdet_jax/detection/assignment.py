@@ -26,27 +26,32 @@ def match(
 
     An anchor takes the box that it overlaps most (the first on ties) if their IoU reaches `threshold`. Each box
     moreover claims the anchor that overlaps it most (the first on ties), whatever their IoU; of several claims the
-    first wins.
-    Rows with label -1 are padding. Boxes are visited one after the other, so memory is O(N), never N x M.
+    first wins. Rows with label -1 are padding. Boxes are visited one after the other, so memory is O(N), never N x M.
     """
     num_anchors, num_boxes = anchors.shape[0], boxes.shape[0]
     if num_boxes == 0:
         return jnp.full(num_anchors, -1, jnp.int32)
 
-    def visit(best: tuple[Array, Array], row: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        best_iou_N, best_N = best
-        index, box_4, label = row
-        iou_N = jnp.where(label >= 0, box_ops.iou(anchors, box_4), -1.0)
+    def visit(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        best_iou_N, best_N, claims_N = state
+        iou_N = jnp.where(labels[index] >= 0, box_ops.iou(anchors, boxes[index]), -1.0)
         better_N = iou_N > best_iou_N
-        best = jnp.where(better_N, iou_N, best_iou_N), jnp.where(better_N, index, best_N)
-        return best, jnp.where(label >= 0, jnp.argmax(iou_N), num_anchors)
+        # Padding claims the anchor N, which does not exist: such an update is dropped.
+        claimed = jnp.where(labels[index] >= 0, jnp.argmax(iou_N), num_anchors)
+        return (
+            jnp.where(better_N, iou_N, best_iou_N),
+            jnp.where(better_N, index, best_N),
+            claims_N.at[claimed].min(index, mode='drop'),
+        )
 
-    start = jnp.full(num_anchors, -1.0, anchors.dtype), jnp.full(num_anchors, -1, jnp.int32)
-    indices_M = jnp.arange(num_boxes, dtype=jnp.int32)
-    (best_iou_N, best_N), claimed_M = jax.lax.scan(visit, start, (indices_M, boxes, labels))
-
-    # Padding claims the anchor N, which does not exist: such updates are dropped.
-    claims_N = jnp.full(num_anchors, num_boxes, jnp.int32).at[claimed_M].min(indices_M, mode='drop')
+    # The loop ends with the last box: most rows are padding.
+    stop = jnp.max(jnp.where(labels >= 0, jnp.arange(1, num_boxes + 1), 0), initial=0)
+    start = (
+        jnp.full(num_anchors, -1.0),
+        jnp.full(num_anchors, -1, jnp.int32),
+        jnp.full(num_anchors, num_boxes, jnp.int32),
+    )
+    best_iou_N, best_N, claims_N = jax.lax.fori_loop(0, stop, visit, start)
     return jnp.where(claims_N < num_boxes, claims_N, jnp.where(best_iou_N >= threshold, best_N, -1))
 
 

@@ -51,6 +51,9 @@ def decode(regressions: Float[Array, '*#n 4'], anchors: Float[Array, '*#n 4']) -
     return jnp.stack([yc - h / 2, xc - w / 2, yc + h / 2, xc + w / 2], axis=-1)
 
 
-def clip(boxes: Float[Array, '*n 4'], height: float, width: float) -> Float[Array, '*n 4']:
+Side = float | Float[Array, '']
+
+
+def clip(boxes: Float[Array, '*n 4'], height: Side, width: Side) -> Float[Array, '*n 4']:
     """Boxes cut at 0 and at (height, width)."""
     return jnp.clip(boxes, 0, jnp.asarray([height, width, height, width], boxes.dtype))

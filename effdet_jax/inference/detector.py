@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -28,6 +29,24 @@ class Detections:
     scores: Float[np.ndarray, 'K']
     labels: Int[np.ndarray, 'K']  # 0-based
     names: tuple[str, ...]  # of the labels
+
+    def above(self, min_score: float) -> 'Detections':
+        """Those with a score of at least `min_score`."""
+        kept_K = self.scores >= min_score
+        names = tuple(name for name, kept in zip(self.names, kept_K, strict=True) if kept)
+        return Detections(self.boxes_xyxy[kept_K], self.scores[kept_K], self.labels[kept_K], names)
+
+    def to_coco(self, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """As COCO results: bbox is x, y, width, height."""
+        return [
+            {
+                'image_id': image_id,
+                'category_id': category_ids[label],
+                'bbox': [round(float(v), 2) for v in (x1, y1, x2 - x1, y2 - y1)],
+                'score': round(float(score), 5),
+            }
+            for (x1, y1, x2, y2), score, label in zip(self.boxes_xyxy, self.scores, self.labels, strict=True)
+        ]
 
 
 class Detector:
@@ -57,12 +76,12 @@ class Detector:
         _, variables = checkpoint.load_variables(Path(workdir))
         return cls(config, variables)
 
-    def __call__(self, image: UInt8[np.ndarray, 'H W 3'], min_score: float = 0.0) -> Detections:
-        """Everything found in an RGB image with a score of at least `min_score`."""
+    def __call__(self, image: UInt8[np.ndarray, 'H W 3']) -> Detections:
+        """Everything found in an RGB image."""
         resized, valid_size, image_scale = transforms.resize_and_pad(image, self._image_size)
         found = self._detect(self._variables, resized[None], np.asarray([valid_size], np.int32))
         boxes_xyxy, scores, labels = (x[0] for x in to_original(found, np.asarray([image_scale], np.float32)))
-        kept = (labels >= 0) & (scores >= min_score)
+        kept = labels >= 0
         names = tuple(self.class_names[label] for label in labels[kept])
         return Detections(boxes_xyxy[kept], scores[kept], labels[kept], names)
 
@@ -83,7 +102,8 @@ def make_detect(config: Any, model: EfficientDet) -> Callable[[Any, Array, Array
 
     def detect(variables: Any, images: Array, valid_size: Array) -> NetworkDetections:
         outputs = model.apply(variables, preprocess.normalize(images, valid_size, mean, std), train=False)
-        return jax.vmap(lambda logits, boxes, size: postprocess(logits, boxes, anchors_N4, size, **options))(
+        anchors = jnp.asarray(anchors_N4)
+        return jax.vmap(lambda logits, boxes, size: postprocess(logits, boxes, anchors, size, **options))(
             *outputs, valid_size
         )
 
@@ -104,5 +124,3 @@ def to_original(
     boxes_yxyx, scores, labels = (np.asarray(x) for x in detections)
     return boxes_yxyx[..., [1, 0, 3, 2]] * image_scale[:, None, None], scores, labels
 
-
-__all__: Sequence[str] = ['Detections', 'Detector', 'image_anchors', 'make_detect', 'to_original']

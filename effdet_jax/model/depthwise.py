@@ -49,30 +49,30 @@ def _same_padding(size: int, k: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _pad_same(x: Array, k: int, stride: int) -> Array:
-    """SAME padding, and then enough zeros at the end for a whole number of strides."""
+def _pad_same(x: Array, k: int, stride: int, fill: float = 0.0) -> Array:
+    """SAME padding, and then enough at the end for a whole number of strides."""
     pads = []
     for size in x.shape[1:3]:
         low, high = _same_padding(size, k, stride)
         out = -(-size // stride)
         pads.append((low, max(high, (out - 1) * stride + k - size - low) + -(size + low + high) % stride))
-    return jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    return jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=fill)
 
 
-def _phases(x: Array, stride: int) -> list[list[Array]]:
-    """phases[i][j] = x[:, i::stride, j::stride], by one reshape instead of strided gathers."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // stride, stride, w // stride, stride, c)
-    return [[x[:, :, i, :, j] for j in range(stride)] for i in range(stride)]
+def shifted_slices(
+    x: Array, kernel_size: int, stride: int, height: int, width: int, fill: float = 0.0
+) -> list[tuple[int, int, Array]]:
+    """(row, column, what that tap of a SAME window meets at every output position `[B, height, width, C]`).
 
-
-def _taps(x: Array, k: int, stride: int, height: int, width: int) -> list[tuple[int, int, Array]]:
-    """(row, column, the input that this tap of the kernel meets at every output position)."""
-    phases = _phases(_pad_same(x, k, stride), stride) if stride > 1 else [[_pad_same(x, k, stride)]]
+    Strided slices come from one reshape: column = stride * index + phase.
+    """
+    padded = _pad_same(x, kernel_size, stride, fill)
+    b, h, w, c = padded.shape
+    phases = padded.reshape(b, h // stride, stride, w // stride, stride, c)
     return [
-        (i, j, phases[i % stride][j % stride][:, i // stride :, j // stride :][:, :height, :width])
-        for i in range(k)
-        for j in range(k)
+        (i, j, phases[:, i // stride :, i % stride, j // stride :, j % stride][:, :height, :width])
+        for i in range(kernel_size)
+        for j in range(kernel_size)
     ]
 
 
@@ -80,7 +80,7 @@ def _shifted(x: Array, kernel: Array, stride: int) -> Array:
     k = kernel.shape[0]
     height, width = (-(-n // stride) for n in x.shape[1:3])
     return sum(
-        (tap * kernel[i, j, 0] for i, j, tap in _taps(x, k, stride, height, width)),
+        (tap * kernel[i, j, 0] for i, j, tap in shifted_slices(x, k, stride, height, width)),
         start=jnp.zeros((), x.dtype),
     )
 
@@ -122,8 +122,8 @@ ROWS_AT_ONCE = 4  # of the kernel gradient's loop: more rows, fewer passes over 
 def _kernel_gradient(x: Array, kernel: Array, gradient: Array, stride: int) -> Array:
     """For each tap, the sum over images and positions of input x gradient.
 
-    A plain reduction of k*k products is 4 to 11 times slower: XLA's loop over the reduced axes is scalar. Here every step
-    adds a few rows of one image to k sums of shape [k, W, C], which vectorises over channels and stays in cache.
+    A plain reduction of k*k products is 4 to 11 times slower: XLA's loop over the reduced axes is scalar. Here every
+    step adds a few rows of one image to k sums of shape [k, W, C], which vectorises over channels and stays in cache.
     """
     k, (images, height, width, channels) = kernel.shape[0], gradient.shape
     padded = _pad_same(x, k, stride)

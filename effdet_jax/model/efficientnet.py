@@ -4,6 +4,7 @@ Tan, Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networ
 variants drop squeeze-excite, use relu6 and do not scale the stem, the first and the last stage.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -115,10 +116,10 @@ class MBConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, 'B H W C'], train: bool) -> Float[Array, 'B h w D']:
         b, act = self.block, layers.ACTIVATIONS['relu6' if self.lite else 'swish']
-        conv = layers.backbone_conv(self.dtype)
+        conv = functools.partial(layers.PointwiseConv, kernel_init=layers.fan_out, dtype=self.dtype)
         residual = x
         if b.expansion != 1:
-            x = conv(b.in_channels * b.expansion, (1, 1), name='expand_conv')(x)
+            x = conv(b.in_channels * b.expansion, use_bias=False, name='expand_conv')(x)
             x = act(self.norm(name='expand_bn')(x, train))
         x = layers.DepthwiseConv(b.kernel, b.stride, layers.depthwise_fan_out, self.dtype, name='dw_conv')(x)
         x = act(self.norm(name='dw_bn')(x, train))
@@ -126,10 +127,10 @@ class MBConv(nn.Module):
             # The reduction is relative to the block's input, before the expansion.
             squeezed = max(1, int(b.in_channels * SQUEEZE_RATIO))
             gate = jnp.mean(x, axis=(1, 2), keepdims=True)
-            gate = act(conv(squeezed, (1, 1), use_bias=True, name='se_reduce')(gate))
-            gate = conv(x.shape[-1], (1, 1), use_bias=True, name='se_expand')(gate)
+            gate = act(conv(squeezed, name='se_reduce')(gate))
+            gate = conv(x.shape[-1], name='se_expand')(gate)
             x = x * nn.sigmoid(gate)
-        x = conv(b.out_channels, (1, 1), name='project_conv')(x)
+        x = conv(b.out_channels, use_bias=False, name='project_conv')(x)
         x = self.norm(name='project_bn')(x, train)
         if b.stride == 1 and b.in_channels == b.out_channels:
             x = layers.StochasticDepth(self.drop_rate, self.norm.axis_name)(x, train) + residual

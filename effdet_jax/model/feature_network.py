@@ -66,7 +66,7 @@ class Resample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, 'B H W C'], height: int, width: int, train: bool) -> Float[Array, 'B h w F']:
         if x.shape[-1] != self.channels:
-            x = nn.Conv(self.channels, (1, 1), kernel_init=layers.glorot, dtype=self.dtype, name='conv')(x)
+            x = layers.PointwiseConv(self.channels, layers.glorot, dtype=self.dtype, name='conv')(x)
             x = self.norm(name='bn')(x, train)
         return layers.resize_to(x, height, width)
 
@@ -99,7 +99,7 @@ class FusionNode(nn.Module):
         x = layers.ACTIVATIONS[self.activation](x)
         # Named here, not inside a SeparableConv, because the published tree has node/{dw, pw, bn}.
         x = layers.DepthwiseConv(3, 1, layers.depthwise_glorot, self.dtype, name='dw')(x)
-        x = nn.Conv(self.channels, (1, 1), kernel_init=layers.glorot, dtype=self.dtype, name='pw')(x)
+        x = layers.PointwiseConv(self.channels, layers.glorot, dtype=self.dtype, name='pw')(x)
         return self.norm(name='bn')(x, train)
 
 

@@ -1,6 +1,7 @@
 """The layers that the three parts of the detector share. NHWC; float32 parameters; `dtype` is the compute precision."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effdet_jax.model.depthwise import depthwise_conv
+from effdet_jax.model.depthwise import depthwise_conv, shifted_slices
 
 ACTIVATIONS: dict[str, Callable] = {'swish': nn.swish, 'relu6': nn.relu6}
 
@@ -35,15 +36,6 @@ depthwise_glorot = _on_transposed_shape(glorot)
 depthwise_fan_in = _on_transposed_shape(fan_in)
 
 
-def backbone_conv(dtype: Any) -> Callable:
-    """`conv(features, kernel_size, ...)` as the backbone uses it: no bias, SAME padding, fan-out initialisation."""
-
-    def conv(features: int, kernel_size: tuple[int, int], use_bias: bool = False, **kwargs: Any) -> nn.Conv:
-        return nn.Conv(features, kernel_size, use_bias=use_bias, kernel_init=fan_out, dtype=dtype, **kwargs)
-
-    return conv
-
-
 @dataclasses.dataclass(frozen=True)
 class Norm:
     """Makes batch-norm layers: `norm(name)(x, train)`, epsilon 1e-3 and momentum 0.99 everywhere (spec 2).
@@ -57,6 +49,28 @@ class Norm:
     def __call__(self, name: str) -> Callable[[Array, bool], Array]:
         layer = nn.BatchNorm(momentum=0.99, epsilon=1e-3, dtype=self.dtype, axis_name=self.axis_name, name=name)
         return lambda x, train: layer(x, use_running_average=not train)
+
+
+class PointwiseConv(nn.Module):
+    """1x1 convolution, `[B, H, W, C] -> [B, H, W, F]`; kernel `[1, 1, C, F]`.
+
+    Written as one product of two matrices: XLA's convolution is as fast forwards, but its gradients are several times
+    slower on CPU.
+    """
+
+    features: int
+    kernel_init: Callable
+    use_bias: bool = True
+    bias_init: Callable = nn.initializers.zeros
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H W F']:
+        kernel = self.param('kernel', self.kernel_init, (1, 1, x.shape[-1], self.features), jnp.float32)
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel[0, 0].astype(self.dtype)
+        if self.use_bias:
+            rows += self.param('bias', self.bias_init, (self.features,), jnp.float32).astype(self.dtype)
+        return rows.reshape(*x.shape[:-1], self.features)
 
 
 class DepthwiseConv(nn.Module):
@@ -85,9 +99,7 @@ class SeparableConv(nn.Module):
 
     def setup(self) -> None:
         self.dw = DepthwiseConv(3, 1, self.depthwise_init, self.dtype)
-        self.pw = nn.Conv(
-            self.features, (1, 1), kernel_init=self.pointwise_init, bias_init=self.bias_init, dtype=self.dtype
-        )
+        self.pw = PointwiseConv(self.features, self.pointwise_init, True, self.bias_init, self.dtype)
 
     def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H W F']:
         return self.pw(self.dw(x))
@@ -103,7 +115,9 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, 'B H W 3'], train: bool) -> Float[Array, 'B h w F']:
-        x = backbone_conv(self.dtype)(self.features, (3, 3), strides=(2, 2), name='conv')(x)
+        x = nn.Conv(
+            self.features, (3, 3), strides=(2, 2), use_bias=False, kernel_init=fan_out, dtype=self.dtype, name='conv'
+        )(x)
         return self.activation(self.norm(name='bn')(x, train))
 
 
@@ -138,19 +152,29 @@ def resize_to(x: Float[Array, 'B H W C'], height: int, width: int) -> Float[Arra
     if (h, w) == (height, width):
         return x
     if h >= height and w >= width:
-        strides = ((h - 1) // height + 1, (w - 1) // width + 1)
-        window = (strides[0] + 1, strides[1] + 1)
-        return nn.max_pool(x, window, strides=strides, padding='SAME')
+        return max_pool(x, ((h - 1) // height + 1, (w - 1) // width + 1))
     if h <= height and w <= width:
         return upsample_nearest(x, height, width)
     raise ValueError(f'cannot resize {h}x{w} to {height}x{width}: one side grows and the other shrinks')
 
 
+def max_pool(x: Float[Array, 'B H W C'], strides: tuple[int, int]) -> Float[Array, 'B h w C']:
+    """Maximum over windows of stride + 1 per side, SAME padding with minus infinity.
+
+    Between neighbouring levels this is 3x3 with stride 2. That case is a chain of maxima of shifted slices: the
+    gradient of XLA's window operation is ten times slower on CPU. Where inputs tie, the gradient is shared among them.
+    """
+    if strides != (2, 2):
+        return nn.max_pool(x, (strides[0] + 1, strides[1] + 1), strides=strides, padding='SAME')
+    height, width = (-(-n // 2) for n in x.shape[1:3])
+    taps = shifted_slices(x, kernel_size=3, stride=2, height=height, width=width, fill=-jnp.inf)
+    return functools.reduce(jnp.maximum, [tap for _, _, tap in taps])
+
+
 def upsample_nearest(x: Float[Array, 'B H W C'], height: int, width: int) -> Float[Array, 'B h w C']:
     """Source index = floor(target * in / out), without a half-pixel shift: 3 -> 5 reads 0, 0, 1, 1, 2 (spec 3)."""
-    h, w = x.shape[1:3]
-    # Twice the size is the common case: a broadcast is much cheaper than a gather, above all backwards.
-    if (height, width) == (2 * h, 2 * w):
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (x.shape[0], h, 2, w, 2, x.shape[3]))
-        return x.reshape(x.shape[0], height, width, x.shape[-1])
+    batch, h, w, channels = x.shape
+    if (height, width) == (2 * h, 2 * w):  # the common case; the gradient of a stack is a sum of slices, not a scatter
+        x = jnp.stack([x, x], axis=3).reshape(batch, h, width, channels)
+        return jnp.stack([x, x], axis=2).reshape(batch, height, width, channels)
     return x[:, jnp.arange(height) * h // height][:, :, jnp.arange(width) * w // width]

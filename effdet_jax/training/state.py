@@ -15,7 +15,7 @@ Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}
 class TrainState:
     """Randomness is a function of `step` and the seed, so no key is kept."""
 
-    step: jax.Array  # int32, number of steps done
+    step: Any  # int32 [], number of steps done; Any, because a pytree also holds shapes, or NumPy's values on disk
     variables: Variables
     ema: Variables  # moving average of the variables; empty where none is kept
     optimizer: optax.OptState

@@ -51,7 +51,9 @@ def make_train_step(
         box_loss = losses.huber_loss(outputs.box_regressions, targets.regressions, delta).sum() / (4 * normalizer)
         total, metrics = class_loss + box_weight * box_loss, {'class_loss': class_loss, 'box_loss': box_loss}
         if iou_kind:
-            penalty_BN = losses.iou_loss(outputs.box_regressions, targets.regressions, anchors_N4, iou_kind)
+            penalty_BN = losses.iou_loss(
+                outputs.box_regressions, targets.regressions, jnp.asarray(anchors_N4), iou_kind
+            )
             metrics['iou_loss'] = penalty_BN.sum() / normalizer
             total += iou_weight * metrics['iou_loss']
         return total, (updates['batch_stats'], metrics | {'loss': total})
@@ -73,11 +75,11 @@ def make_train_step(
         params, batch_stats = state.variables['params'], state.variables['batch_stats']
         with nn.intercept_methods(_frozen_batch_norm(freeze if frozen else '')):
 
-            def gradients_of(batch_stats: Any, part: tuple) -> tuple[Any, tuple[Any, Metrics]]:
+            def gradients_of(batch_stats: Any, index: Any, part: tuple) -> tuple[Any, tuple[Any, Metrics]]:
                 def loss(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
                     # No gradient reaches what is frozen, so XLA drops that part of the backward pass.
                     kept = _stop_gradient(params, freeze) if frozen else params
-                    return detection_loss(kept, batch_stats, *part, normalizer, depth_key)
+                    return detection_loss(kept, batch_stats, *part, normalizer, jax.random.fold_in(depth_key, index))
 
                 gradients, (batch_stats, metrics) = jax.grad(loss, has_aux=True)(params)
                 return batch_stats, (gradients, metrics)
@@ -113,12 +115,12 @@ def _keys_of_samples(key: jax.Array, batch: int, axis: str | None) -> jax.Array:
 
 
 def _in_parts(parts: int, function: Callable, carry: Any, batch: Any) -> tuple[Any, Any]:
-    """`function(carry, batch) -> (carry, sums)` on `parts` equal slices of the batch, one after the other; sums added up."""
+    """`function(carry, index, slice) -> (carry, sums)` on equal slices of the batch, one after the other; sums added up."""
     if parts == 1:
-        return function(carry, batch)
+        return function(carry, 0, batch)
     # Slices are strided: with several devices each slice then holds the same samples as it would with one.
     sliced = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-    carry, sums = jax.lax.scan(function, carry, sliced)
+    carry, sums = jax.lax.scan(lambda carry, x: function(carry, *x), carry, (jnp.arange(parts), sliced))
     return carry, jax.tree.map(lambda x: x.sum(axis=0), sums)
 
 

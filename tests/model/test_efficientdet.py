@@ -8,8 +8,22 @@ from flax import traverse_util
 from configs import default
 from effdet_jax.detection.anchors import level_sizes, make_anchors
 from effdet_jax.errors import UserError
-from effdet_jax.model import build_model, depthwise, heads, layers
+from effdet_jax.model import build_model, efficientnet, heads, layers
 from effdet_jax.weights.names import shapes_of
+
+pytestmark = pytest.mark.usefixtures('depthwise_by_xla', 'short_backbone')
+
+
+@pytest.fixture(scope='module')
+def short_backbone():
+    """Six blocks, one of them residual."""
+    stages = [efficientnet.Stage(3, n, s, e, 16 * i) for i, (n, s, e) in enumerate(STAGES, start=1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(efficientnet, 'STAGES', stages)
+        yield
+
+
+STAGES = ((1, 1, 1), (1, 2, 6), (3, 2, 6), (1, 2, 6), (1, 2, 6))  # repeats, stride, expansion
 
 
 def tiny(num_classes=3, **changes):
@@ -20,35 +34,55 @@ def tiny(num_classes=3, **changes):
     return build_model(config, num_classes)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def depthwise_by_xla():
-    """XLA's own depthwise convolution, which compiles four times faster; test_depthwise.py shows that both are one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depthwise.jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
-        yield
-
-
 @pytest.fixture(scope='module')
 def images():
-    return jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 64, 3)), jnp.float32)
+    return jnp.asarray(np.random.default_rng(0).standard_normal((2, 96, 96, 3)), jnp.float32)
 
 
 @pytest.fixture(scope='module')
-def variables():
-    """Weights of a network that has learnt something: nothing is zero or one, and no signal dies on the way."""
+def params():
+    """Random parameters, none of them zero or one."""
     rng = np.random.default_rng(0)
 
-    def weight(path, shape):
-        z = rng.standard_normal(shape.shape)
+    def draw(path, leaf):
+        z = rng.standard_normal(leaf.shape)
         if path[-1] == 'kernel':
-            value = z / np.sqrt(np.prod(shape.shape[:-1]))
-        else:
-            value = {'scale': np.exp(0.2 * z), 'var': np.exp(0.3 * z), 'edge_weights': np.exp(0.2 * z)}.get(
-                path[-1], 0.1 * z
-            )
-        return jnp.asarray(value, jnp.float32)
+            z /= np.sqrt(np.prod(leaf.shape[:-1]))
+        return jnp.asarray(0.1 * z if path[-1] == 'bias' else np.exp(0.2 * z) if z.ndim == 1 else z, jnp.float32)
 
-    return traverse_util.path_aware_map(weight, shapes_of(tiny()))
+    return traverse_util.path_aware_map(draw, shapes_of(tiny())['params'])
+
+
+@pytest.fixture(scope='module')
+def train_step(params, images):
+    """`train_step(model)`: outputs, gradients and the batch statistics that follow zeros, of one training pass."""
+
+    def loss(params, statistics, model):
+        outputs, updates = model.apply(
+            {'params': params, 'batch_stats': statistics}, images, train=True, mutable=['batch_stats'],
+            rngs={'stochastic_depth': jax.random.key(1)},
+        )  # fmt: skip
+        return sum(jnp.mean(output**2) for output in outputs), (outputs, updates['batch_stats'])
+
+    def step(model):
+        statistics = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes_of(model)['batch_stats'])
+        fast_to_compile = {'xla_backend_optimization_level': 0}
+        gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=2, compiler_options=fast_to_compile)
+        gradients, (outputs, statistics) = gradient(params, statistics, model)
+        return {'outputs': outputs._asdict(), 'statistics': statistics, 'gradients': gradients}
+
+    return step
+
+
+@pytest.fixture(scope='module')
+def trained(train_step):
+    return train_step(tiny())
+
+
+@pytest.fixture(scope='module')
+def variables(params, trained):
+    """The parameters with the statistics of `images`, of which a hundredth entered the moving averages."""
+    return {'params': params, 'batch_stats': jax.tree.map(lambda s: 100 * s, trained['statistics'])}
 
 
 @pytest.fixture(scope='module')
@@ -61,42 +95,16 @@ def outputs(apply, variables, images):
     return apply(variables, images)
 
 
-@pytest.fixture(scope='module')
-def train_step(variables, images):
-    """`train_step(model)`: outputs, new batch statistics and gradients of one training pass."""
-
-    def loss(params, model):
-        outputs, updates = model.apply(
-            {**variables, 'params': params}, images, train=True, mutable=['batch_stats'],
-            rngs={'stochastic_depth': jax.random.key(1)},
-        )  # fmt: skip
-        return sum(jnp.mean(output**2) for output in outputs), (outputs, updates)
-
-    def step(model):
-        gradients, (outputs, updates) = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(
-            variables['params'], model
-        )
-        return {'outputs': outputs, 'updates': updates, 'gradients': gradients}
-
-    return step
-
-
-@pytest.fixture(scope='module')
-def trained(train_step):
-    return train_step(tiny())
-
-
 def assert_close(a, b, tolerance):
-    """Leaf by leaf, relative to the largest value of the leaf."""
+    """Leaf by leaf, relative to its largest value, or to a hundredth of the largest of all: some leaves are nothing but
+    rounding, such as the gradient of a bias that batch norm removes.
+    """
     a, b = (traverse_util.flatten_dict(tree, sep='/') for tree in (a, b))
     assert a.keys() == b.keys()
+    largest = max(float(jnp.abs(leaf).max()) for leaf in b.values())
     for path, expected in b.items():
-        scale = max(float(jnp.abs(expected).max()), 1e-6)
+        scale = max(float(jnp.abs(expected).max()), 1e-2 * largest)
         np.testing.assert_allclose(a[path], expected, rtol=0, atol=tolerance * scale, err_msg=path)
-
-
-def as_dict(outputs):
-    return outputs._asdict()
 
 
 @pytest.mark.parametrize(('size', 'max_level'), [((65, 97), 7), ((1, 1), 7), ((40, 200), 8), ((128, 96), 6)])
@@ -127,29 +135,23 @@ def test_evaluation_treats_each_image_alone(apply, variables, images, outputs):
     beside_another = apply(variables, images.at[0].multiply(-2.0))
     for a, b in zip(beside_another, outputs, strict=True):
         np.testing.assert_array_equal(a[1], b[1])
-        assert float(jnp.abs(a[0] - b[0]).max()) > 0.1
+        assert float(jnp.abs(a[0] - b[0]).mean()) > 0.1 * float(b.std())
 
 
-def test_training_updates_every_batch_statistic_and_reaches_every_parameter(variables, trained):
-    before = traverse_util.flatten_dict(variables['batch_stats'], sep='/')
-    after = traverse_util.flatten_dict(trained['updates']['batch_stats'], sep='/')
-    assert after.keys() == before.keys()
-    # At 64 pixels P6 is a single pixel, which still varies over the batch.
-    assert [path for path in before if (before[path] == after[path]).all()] == []
-    gradients = traverse_util.flatten_dict(trained['gradients'], sep='/')
-    assert all(np.isfinite(g).all() for g in gradients.values())
-    assert [path for path, g in gradients.items() if not np.any(g)] == []
+def test_training_updates_every_batch_statistic_and_reaches_every_parameter(trained):
+    for kind in ('statistics', 'gradients'):
+        leaves = traverse_util.flatten_dict(trained[kind], sep='/')
+        assert all(np.isfinite(leaf).all() for leaf in leaves.values())
+        assert [path for path, leaf in leaves.items() if not np.any(leaf)] == []
 
 
-def test_remat_changes_nothing_but_memory(train_step, trained, variables):
+def test_remat_changes_nothing_but_memory(train_step, trained):
     model = tiny(remat=True)
-    shapes = jax.tree.map(jnp.shape, variables)
-    assert jax.tree.map(jnp.shape, shapes_of(model)) == shapes
+    assert jax.tree.map(jnp.shape, shapes_of(model)) == jax.tree.map(jnp.shape, shapes_of(tiny()))
     again = train_step(model)
-    # The same draws of stochastic depth, the same statistics; the rest is the order of sums.
-    assert_close(as_dict(again['outputs']), as_dict(trained['outputs']), 1e-5)
-    assert_close(again['updates'], trained['updates'], 1e-5)
-    assert_close(again['gradients'], trained['gradients'], 1e-4)
+    # The same draws of stochastic depth and the same statistics; only the order of sums differs.
+    for kind, tolerance in (('outputs', 1e-5), ('statistics', 1e-5), ('gradients', 1e-4)):
+        assert_close(again[kind], trained[kind], tolerance)
 
 
 def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(variables, images, outputs):
@@ -164,8 +166,8 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(variables, images,
     assert {leaf.dtype for leaf in jax.tree.leaves(state['intermediates'])} == {jnp.dtype('bfloat16')}
     assert {output.dtype for output in low} == {jnp.dtype('float32')}
     for a, b in zip(low, outputs, strict=True):
-        # A few per cent of the spread after some forty layers of eight-bit mantissas.
-        assert 0 < float(jnp.abs(a - b).mean()) < 0.05 * float(b.std())
+        # Some forty layers of eight-bit mantissas; another function would differ by more than the spread.
+        assert 0 < float(jnp.abs(a - b).mean()) < 0.15 * float(b.std())
 
 
 @pytest.mark.parametrize('key', ['backbone', 'feature_network', 'fusion', 'dtype'])

@@ -102,6 +102,15 @@ def test_pooling_to_the_next_level_is_a_3x3_maximum_with_stride_2(size):
     np.testing.assert_array_equal(layers.resize_to(x, height, width), expected.astype(np.float32))
 
 
+@pytest.mark.parametrize('size', [(6, 6), (7, 4)])
+def test_gradient_of_pooling_goes_to_the_maxima(size):
+    x, height, width = normal(2, *size, 3), *((n + 1) // 2 for n in size)
+    cotangent = normal(2, height, width, 3, seed=1)
+    ours = jax.vjp(lambda x: layers.resize_to(x, height, width), x)[1](cotangent)
+    by_xla = jax.vjp(lambda x: nn.max_pool(x, (3, 3), (2, 2), 'SAME'), x)[1](cotangent)
+    np.testing.assert_allclose(ours, by_xla, rtol=1e-6)
+
+
 def test_resizing_to_the_same_size_is_the_identity_and_mixed_directions_are_refused():
     x = normal(1, 4, 6, 2)
     assert layers.resize_to(x, 4, 6) is x

@@ -1,11 +1,13 @@
 """The sizes of the published models, as read off the reference implementations (spec 1 and 2)."""
 
+import flax.linen as nn
 import jax
 import pytest
 
 from configs import default
 from effdet_jax.detection.anchors import level_sizes, make_anchors
-from effdet_jax.model import efficientnet
+from effdet_jax.model import build_model, efficientnet, layers
+from effdet_jax.weights.names import shapes_of
 
 PARAMETERS_AND_ANCHORS = {
     'd0': (3_880_067, 49_104),
@@ -99,6 +101,23 @@ def test_block_table(name):
     last_blocks = [sum(repeats[: s + 1]) - 1 for s in range(7)]
     # Stages 1, 2, 3, 5 and 7 are the last of their resolution.
     assert ends == {level: (last_blocks[s], channels[s]) for level, s in zip(range(1, 6), (0, 1, 2, 4, 6), strict=True)}
+
+
+@pytest.mark.parametrize(('name', 'rate'), [('d0', 0.0), ('d1', 0.2), ('lite0', 0.2)])
+def test_stochastic_depth_grows_with_the_block_and_touches_residual_blocks_only(name, rate, depthwise_by_xla):
+    rates = {}
+
+    def note(method, args, kwargs, context):
+        if isinstance(context.module, layers.StochasticDepth):
+            rates[context.module.path[-2]] = context.module.rate
+        return method(*args, **kwargs)
+
+    model = build_model(default.get_config(name).model, num_classes=1)
+    with nn.intercept_methods(note):
+        shapes_of(model)
+    blocks = efficientnet.block_table(efficientnet.VARIANTS[model.backbone])
+    residual = [i for i, b in enumerate(blocks) if b.stride == 1 and b.in_channels == b.out_channels]
+    assert rates == pytest.approx({f'blocks_{i}': rate * i / len(blocks) for i in residual})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""What the tests of training and inference share: a run of eight steps, and a detector of four layers."""
+
+import flax.linen as nn
+import numpy as np
+
+from configs import quickstart
+from effdet_jax.model import EfficientDet, efficientdet, layers
+
+STEPS_PER_EPOCH, STEPS = 4, 8
+
+
+def config():
+    """Two epochs of four steps on 64x64 pixels. The backbone thaws after the first; saved every second step."""
+    c = quickstart.get_config()
+    c.image.size = (64, 64)
+    c.model.update(channels=16, cells=1, head_layers=1, max_level=6, stochastic_depth=0.2)
+    c.dataset.update(train_split='0:16', eval_split='1000000:1000006', max_boxes=10)
+    c.train.update(epochs=2.0, batch_size=4, freeze='backbone', unfreeze_epoch=1.0)
+    c.optimizer.update(name='sgd', weight_decay=0.0)
+    c.schedule.update(learning_rate=0.05, warmup_start=0.01, warmup_epochs=0.5)
+    c.loss.l2 = 4e-5
+    c.eval.update(batch_size=4, every_epochs=1.0, pictures=2, max_candidates=200, max_detections=10)
+    c.checkpoint.update(every_epochs=0.5)
+    c.log.every_steps = 1
+    return c
+
+
+class Toy(EfficientDet):
+    """A backbone of one convolution and two predictors, with batch norm in the backbone and in the class network.
+
+    Compiles in a second. One level of 8x8 pixels: `(H / 8) * (W / 8) * 9` anchors.
+    """
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        norm = layers.Norm(axis_name=self.axis_name)
+        x = Convolution(8, 8, norm, name='backbone')(images, train)
+        logits = Convolution(9 * self.num_classes, 1, norm, name='class_net')(x, train)
+        regressions = nn.Conv(9 * 4, (1, 1), name='box_net')(x)
+        rows = images.shape[0], -1
+        return efficientdet.Outputs(
+            logits.reshape(*rows, self.num_classes) - 2.0, nn.tanh(regressions).reshape(*rows, 4)
+        )
+
+
+class Convolution(nn.Module):
+    features: int
+    stride: int
+    norm: layers.Norm
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(self.features, (self.stride,) * 2, strides=self.stride, name='conv')(x)
+        return nn.relu(self.norm('bn')(x, train))
+
+
+def toy(num_classes, axis_name=None):
+    """A `Toy`, whose other fields mean nothing."""
+    return Toy(num_classes, 'nano', 'bifpn', 'fast', channels=8, cells=1, head_layers=1, axis_name=axis_name)
+
+
+def batch(size, images=4, num_classes=3, seed=0):
+    """A training batch of noise with up to three boxes per image, some padding at the right and at the bottom."""
+    rng = np.random.default_rng(seed)
+    valid_BM2 = rng.integers(size // 2, size + 1, (images, 2)).astype(np.int32)
+    corners = np.sort(rng.uniform(0, 1, (images, 4, 2, 2)), axis=2) * valid_BM2[:, None, None]
+    labels_BM = np.where(np.arange(4) < rng.integers(1, 4, (images, 1)), rng.integers(0, num_classes, (images, 4)), -1)
+    return {
+        'image': rng.integers(0, 256, (images, size, size, 3)).astype(np.uint8),
+        'valid_size': valid_BM2,
+        'boxes': corners.reshape(images, 4, 4).astype(np.float32) * (labels_BM >= 0)[..., None],
+        'labels': labels_BM.astype(np.int32),
+    }
