@@ -2,7 +2,6 @@
 
 `get_config('d3', 'voc2007')` is D3 with the data preset `voc2007`. A config imports no jax: it is data.
 """
-# ruff: noqa: C408  # keywords read better than quoted keys
 
 from typing import Any
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -11,7 +12,7 @@ from effdet_jax.errors import UserError
 def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
     """Parses the flags, runs `main` on the rest, and turns what the user can mend into one line and an exit code."""
     for name in required:
-        flags.mark_flag_as_required(name)
+        flags.register_validator(name, bool, message=f'--{name} is missing; --help explains it')
     app.run(lambda arguments: _main(main, arguments), flags_parser=_parse)
 
 
@@ -19,6 +20,8 @@ def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> No
     logging.set_verbosity(logging.ERROR)  # Orbax reports every file; what matters to the user we print ourselves
     try:
         main(arguments[1:])
+    except app.UsageError as error:
+        _fail(str(error), 2)
     except UserError as error:
         _fail(str(error), 1)
 
@@ -35,6 +38,6 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         _fail(f'bad --config: {error.args[0] if error.args else error}', 2)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f'error: {" ".join(message.split())}', file=sys.stderr)
     sys.exit(code)

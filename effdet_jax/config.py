@@ -13,6 +13,9 @@ from effdet_jax.records.files import write_atomically
 # May differ when a run continues: none of these changes what is learned.
 FREE_KEYS = ('log.', 'checkpoint.', 'eval.', 'dataset.threads', 'dataset.prefetch')
 
+# What a checkpoint means: these must agree to use it at all.
+NETWORK_KEYS = ('model.', 'image.', 'dataset.class_names')
+
 
 class Recorded:
     """A read-only view of a config that remembers which keys were read. Attribute access, as with the config itself."""
@@ -41,7 +44,9 @@ class Recorded:
 def refuse_unread(config: Recorded) -> None:
     """Raises UserError where a key was read by nobody: an option that does nothing is a mistake."""
     if unread := sorted(config.unread()):
-        raise UserError(f'nothing reads these config keys: {", ".join(unread)}; see configs/default.py for those there are')
+        raise UserError(
+            f'nothing reads these config keys: {", ".join(unread)}; see configs/default.py for those there are'
+        )
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
@@ -65,18 +70,18 @@ def load(workdir: Path) -> ConfigDict:
     try:
         return ConfigDict(json.loads(path.read_text(encoding='utf-8')))
     except ValueError as error:
-        raise UserError(f'{path} is damaged ({error}): restore it from a checkpoint\'s config/') from error
+        raise UserError(f"{path} is damaged ({error}): restore it from a checkpoint's config/") from error
 
 
-def refuse_another(config: ConfigDict, workdir: Path) -> None:
-    """Raises UserError where the work directory belongs to a run with another config."""
+def refuse_another(config: ConfigDict, workdir: Path, only: tuple[str, ...] = ('',)) -> None:
+    """Raises UserError where the work directory's config differs in a key that starts with one of `only`."""
     if not (workdir / 'config.json').exists():
         return
     ours, theirs = (dict(flatten(c)) for c in (to_json(config), to_json(load(workdir))))
     differences = [
         f'{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now'
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and not key.startswith(FREE_KEYS)
+        if ours.get(key) != theirs.get(key) and key.startswith(only) and not key.startswith(FREE_KEYS)
     ]
     if differences:
         raise UserError(

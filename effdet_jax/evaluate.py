@@ -17,7 +17,9 @@ SUMMARY = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large', 'AR100', '
 Found = dict[int, tuple[data.Annotations, Detections]]  # by index into the source
 
 
-def make_evaluate(config: Any, source: data.Source, detect: Callable) -> Callable[[Any], tuple[dict[str, float], Found]]:
+def make_evaluate(
+    config: Any, source: data.Source, detect: Callable
+) -> Callable[[Any], tuple[dict[str, float], Found]]:
     """`evaluate(variables) -> (metrics, all detections)`; `detect` is mapped, and `variables` are replicated.
 
     Metrics are named AP, AP50, ..., VOC_AP50, AP/<class>; boxes are in pixels of the original images.

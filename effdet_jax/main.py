@@ -6,20 +6,21 @@ Start it again with the same --workdir and it continues. Any key of the config i
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from effdet_jax import cli
-from effdet_jax.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'FILE or FILE:PRESET, e.g. configs/d3.py:voc2007', lock_config=True)
-WORKDIR = flags.DEFINE_string('workdir', None, 'where the run keeps its checkpoints, metrics and pictures')
+CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'FILE or FILE:PRESET, e.g. configs/d3.py:voc2007', lock_config=True
+)
+WORKDIR = flags.DEFINE_string('workdir', '', 'where the run keeps its checkpoints, metrics and pictures')
 MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train, or evaluate the best checkpoint of the workdir')
 
 
 def main(arguments: Sequence[str]) -> None:
     if arguments:
-        raise UserError(f'unexpected {" ".join(arguments)}: everything is a flag, --config=FILE --workdir=DIR')
+        raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --config=FILE --workdir=DIR')
     from effdet_jax import train  # after the flags: --help must not wait for jax
     from effdet_jax.training import parallel
 

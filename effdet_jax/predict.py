@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from absl import flags
+from absl import app, flags
 
 from effdet_jax import cli
 from effdet_jax.errors import UserError
 
-WORKDIR = flags.DEFINE_string('workdir', None, 'the training run whose best checkpoint detects')
-OUT = flags.DEFINE_string('out', None, 'folder for the drawn images and detections.json; made if need be')
+WORKDIR = flags.DEFINE_string('workdir', '', 'the training run whose best checkpoint detects')
+OUT = flags.DEFINE_string('out', '', 'folder for the drawn images and detections.json; made if need be')
 SCORE = flags.DEFINE_float('score', 0.3, 'draw boxes from this score; detections.json holds all', 0.0, 1.0)
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
@@ -55,7 +55,7 @@ def find_images(arguments: Sequence[str]) -> dict[Path, str]:
       UserError: for a path that does not exist, or no image at all.
     """
     if not arguments:
-        raise UserError('name at least one image or folder')
+        raise app.UsageError('name at least one image or folder')
     found: dict[str, Path] = {}
     for root in map(Path, arguments):
         if not root.exists():

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from effdet_jax import config as run_config
 from effdet_jax import data, evaluate
@@ -26,14 +25,15 @@ from effdet_jax.training.transfer import transfer
 HEADLINE = ('AP', 'AP50', 'AP75')
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
+def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     """Trains what `config` describes, or goes on where `workdir` stands; returns the metrics of the last evaluation.
 
     Raises:
       UserError: for anything in the config, the data or the work directory that the user can mend.
     """
     run = build(config, workdir)
-    state, pending, waiting, metrics = run.state, [], Waiting(), {}
+    say(f'{config.name}: {run.total_steps} steps of {config.train.batch_size} images on {parallel.describe_devices()}')
+    state, pending, waiting, left_out, metrics = run.state, [], Waiting(), 0, {}
     with (
         MetricsLog(workdir / parallel.host_folder(), run.first_step) as log,
         Progress(run.total_steps, run.first_step, description='training') as progress,
@@ -42,19 +42,27 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
         for step in range(run.first_step + 1, run.total_steps + 1):
             with waiting:
                 batch = next(run.batches)
-            state, step_metrics = run.train_step(state, parallel.shard(batch), step <= run.thaw_step)
+            state, step_metrics = run.train_step(state, parallel.shard(batch), step - 1 < run.thaw_step)
             pending.append(step_metrics)
+            left_out += int(batch['dropped'].sum())
             jax.block_until_ready(pending[-2:][0])  # the host runs one step ahead of the device, and no further
+            if step == run.first_step + 1:
+                say(f'compiled in {waiting.elapsed():.0f} s')
+                waiting.reset()
+            else:
+                waiting.count(config.train.batch_size)
 
             evaluates, saves = step in run.evaluation_steps, step in run.save_steps
-            # Logged before every save too: then a mean never spans a restart, and a continued run logs the same numbers.
+            # Logged before every save too: so no mean spans a restart, and a continued run logs the same numbers.
             if step % config.log.every_steps == 0 or saves:
                 means = {name: float(np.mean(values)) for name, values in _columns(jax.device_get(pending)).items()}
-                means['images_per_second'] = waiting.per_second(len(pending) * config.train.batch_size)
+                means['images_per_second'] = waiting.per_second()
                 means['waiting_for_data'] = waiting.share()
+                means['boxes_left_out'] = left_out  # of images with more than config.dataset.max_boxes
                 log.write(step, {f'train/{name}': mean for name, mean in means.items()})
                 progress.update(step, {shown: means[name] for shown, name in SHOWN.items()})
                 pending.clear()
+                left_out = 0
                 waiting.reset()
             if evaluates:
                 metrics, found = run.evaluate(state.best_variables)
@@ -105,7 +113,7 @@ class Run:
         return {name.removeprefix('eval/'): value for name, value in rows[-1].items()} if rows else {}
 
 
-def build(config: ConfigDict, workdir: Path) -> Run:
+def build(config: Any, workdir: Path) -> Run:
     """From a config to a run: opens the data, makes or restores the state. Nothing is written before all of it stands.
 
     Raises:
@@ -140,6 +148,8 @@ def build(config: ConfigDict, workdir: Path) -> Run:
 
     variables = init_variables(model, c.seed)
     _check_freeze(t.freeze, variables)
+    if c.checkpoint.best not in (known := [f'eval/{name}' for name in evaluate.SUMMARY]):
+        raise UserError(f'config.checkpoint.best={c.checkpoint.best!r} is unknown: choose one of {", ".join(known)}')
     checkpoints = Checkpoints(workdir, keep=c.checkpoint.keep, best=c.checkpoint.best)
     state = init_state(variables, optimizer, t.ema_decay)
     init_from, first_step = t.init_from, checkpoints.latest_step() or 0
@@ -177,7 +187,7 @@ def open_sources(config: Any) -> tuple[data.Source, data.Source]:
     return train_source, eval_source
 
 
-def remember_classes(config: ConfigDict, source: data.Source) -> None:
+def remember_classes(config: Any, source: data.Source) -> None:
     """Fills in what the config left to the data, so that `config.json` alone says what a label means."""
     with config.unlocked():
         config.dataset.class_names = source.class_names
@@ -201,7 +211,7 @@ def _check_freeze(pattern: str, variables: Variables) -> None:
         )
 
 
-def evaluate_best(config: ConfigDict, workdir: Path) -> dict[str, float]:
+def evaluate_best(config: Any, workdir: Path) -> dict[str, float]:
     """Metrics of the best checkpoint of `workdir` on the config's evaluation split.
 
     Raises:
@@ -209,7 +219,7 @@ def evaluate_best(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """
     _, source = open_sources(config)
     remember_classes(config, source)
-    run_config.refuse_another(config, workdir)
+    run_config.refuse_another(config, workdir, only=run_config.NETWORK_KEYS)
     step, variables = load_variables(workdir)
     say(f'evaluating {workdir}, step {step}, on {len(source)} images')
     detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))

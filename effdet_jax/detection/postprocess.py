@@ -46,7 +46,7 @@ def postprocess(
         label_C = class_logits[anchor_C].argmax(axis=-1)
         rivals_C = jnp.zeros_like(label_C)
     boxes_C4 = box_ops.decode(box_regressions[anchor_C], anchors[anchor_C])
-    # Out before suppression: what lies in the padding, and what is too large for float32 and would make an IoU undefined.
+    # Out before suppression: what lies in the padding, and what is too large for float32 to have an IoU.
     height, width = valid_size.astype(jnp.float32)
     cut_C4 = box_ops.clip(boxes_C4, height, width)
     sound_C = (box_ops.areas(cut_C4) > 0) & jnp.isfinite(box_ops.areas(boxes_C4))
@@ -55,5 +55,7 @@ def postprocess(
     kept = suppression.nms(jnp.where(sound_C[:, None], boxes_C4, 0), scores_C, rivals_C, **nms_options)
     used_K = kept.indices >= 0
     return Detections(
-        cut_C4[kept.indices] * used_K[:, None], kept.scores, jnp.where(used_K, label_C[kept.indices], -1).astype(jnp.int32)
+        cut_C4[kept.indices] * used_K[:, None],
+        kept.scores,
+        jnp.where(used_K, label_C[kept.indices], -1).astype(jnp.int32),
     )

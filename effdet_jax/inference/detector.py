@@ -52,8 +52,8 @@ class Detections:
 class Detector:
     """A trained detector, ready to be called on images of any size.
 
-        detector = Detector.load('runs/d3')
-        detections = detector(image)      # uint8 [H, W, 3] RGB
+    detector = Detector.load('runs/d3')
+    detections = detector(image)      # uint8 [H, W, 3] RGB
     """
 
     def __init__(self, config: Any, variables: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Detector:
 
 
 def make_detect(config: Any, model: EfficientDet) -> Callable[[Any, Array, Array], NetworkDetections]:
-    """`detect(variables, images uint8 [B, H, W, 3], valid_size [B, 2])` -> detections in network pixels; jit or map it."""
+    """`detect(variables, images uint8 [B, H, W, 3], valid_size [B, 2])` -> detections in network pixels."""
     mean, std, anchors_N4 = config.image.mean, config.image.std, image_anchors(config)
     c = config.eval
     options = dict(
@@ -101,11 +101,12 @@ def make_detect(config: Any, model: EfficientDet) -> Callable[[Any, Array, Array
     )
 
     def detect(variables: Any, images: Array, valid_size: Array) -> NetworkDetections:
-        outputs = model.apply(variables, preprocess.normalize(images, valid_size, mean, std), train=False)
-        anchors = jnp.asarray(anchors_N4)
-        return jax.vmap(lambda logits, boxes, size: postprocess(logits, boxes, anchors, size, **options))(
-            *outputs, valid_size
-        )
+        outputs: Any = model.apply(variables, preprocess.normalize(images, valid_size, mean, std), train=False)
+
+        def finish(class_logits: Array, box_regressions: Array, size: Array) -> NetworkDetections:
+            return postprocess(class_logits, box_regressions, jnp.asarray(anchors_N4), size, **options)
+
+        return jax.vmap(finish)(outputs.class_logits, outputs.box_regressions, valid_size)
 
     return detect
 
@@ -120,7 +121,6 @@ def image_anchors(config: Any) -> Float[np.ndarray, 'N 4']:
 def to_original(
     detections: NetworkDetections, image_scale: Float[np.ndarray, 'B']
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(boxes xyxy in pixels of the original images `[B, K, 4]`, scores `[B, K]`, labels `[B, K]` with -1 as padding)."""
+    """(boxes xyxy in pixels of the original images `[B, K, 4]`, scores `[B, K]`, labels `[B, K]`, -1 as padding)."""
     boxes_yxyx, scores, labels = (np.asarray(x) for x in detections)
     return boxes_yxyx[..., [1, 0, 3, 2]] * image_scale[:, None, None], scores, labels
-

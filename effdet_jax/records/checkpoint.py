@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -29,7 +31,9 @@ class Checkpoints:
             checkpoint_managers.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False),
         ]
         options = ocp.CheckpointManagerOptions(
-            best_fn=metric, preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies)
+            best_fn=metric,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            create=False,  # the first save makes the folder: a run that cannot start leaves none behind
         )
         handlers = {
             'state': ocp.PyTreeCheckpointHandler(),
@@ -49,12 +53,13 @@ class Checkpoints:
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Returns once `state` (NumPy leaves) is copied; the disk is written in the background. `metrics` if evaluated."""
+        """Returns once `state` (NumPy leaves) is copied; the rest happens in the background. `metrics` if evaluated."""
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(dict(data_position)),
             config=ocp.args.JsonSave(dict(config)),
         )
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._manager.save(step, args=items, metrics=dict(metrics) if metrics else None)
 
     def latest_step(self) -> int | None:
@@ -73,7 +78,9 @@ class Checkpoints:
         """
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(state_like), data=ocp.args.JsonRestore())
         try:
-            restored = self._manager.restore(step, args=items)
+            restored: Any = self._manager.restore(step, args=items)
+            # Orbax checks the tree, and not the shapes.
+            jax.tree.map(_check_shape, restored.state, state_like)
         except (ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -83,10 +90,12 @@ class Checkpoints:
 
     def variables(self, step: int) -> dict[str, Any]:
         """The weights to deploy, {'params', 'batch_stats'} in NumPy: the moving average where there is one."""
-        tree = self._manager.item_metadata(step).state.tree
+        metadata: Any = self._manager.item_metadata(step)
+        tree = metadata.state.tree
         name = 'ema' if tree.get('ema') else 'variables'
         wanted = ocp.args.PyTreeRestore(item={name: tree[name]}, partial_restore=True)
-        return self._manager.restore(step, args=ocp.args.Composite(state=wanted)).state[name]
+        restored: Any = self._manager.restore(step, args=ocp.args.Composite(state=wanted))
+        return restored.state[name]
 
     def close(self) -> None:
         """Waits for what is still being written."""
@@ -108,3 +117,8 @@ def load_variables(workdir: Path) -> tuple[int, dict[str, Any]]:
     variables = checkpoints.variables(step)
     checkpoints.close()
     return step, variables
+
+
+def _check_shape(array: Any, wanted: Any) -> None:
+    if np.shape(array) != np.shape(wanted):
+        raise ValueError(f'an array of {np.shape(array)} where {np.shape(wanted)} is wanted')

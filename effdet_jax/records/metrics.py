@@ -184,22 +184,29 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = '')
 
 
 class Waiting:
-    """A stopwatch for a training loop: the share of its time spent waiting, `with waiting: batch = next(batches)`."""
+    """A stopwatch for a training loop: its rate, and the share of time spent in `with waiting: batch = next(batches)`."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self._start, self._waited = perf_counter(), 0.0
+        self._start, self._waited, self._count = perf_counter(), 0.0, 0
+
+    def count(self, things: int) -> None:
+        """That so many things are done."""
+        self._count += things
+
+    def elapsed(self) -> float:
+        """Seconds since the last reset."""
+        return perf_counter() - self._start
 
     def share(self) -> float:
         """The share of the time since the last reset that was spent in the `with` block, in [0, 1]."""
-        elapsed = perf_counter() - self._start
-        return self._waited / elapsed if elapsed else 0.0
+        return self._waited / max(self.elapsed(), 1e-9)
 
-    def per_second(self, count: int) -> float:
-        """The rate of `count` things done since the last reset."""
-        return count / max(perf_counter() - self._start, 1e-9)
+    def per_second(self) -> float:
+        """Things counted per second since the last reset."""
+        return self._count / max(self.elapsed(), 1e-9)
 
     def __enter__(self) -> None:
         self._entered = perf_counter()

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,16 +15,18 @@ from effdet_jax.errors import UserError
 REFERENCE_BATCH = 64  # official learning rates are stated for this batch size
 
 
-def path_matches(pattern: str, path: tuple[str, ...]) -> bool:
+def path_matches(pattern: str, path: Sequence[Any]) -> bool:
     """Whether `pattern`, a regex, matches the parameter path 'backbone/stem/conv/kernel' from its start."""
     return bool(pattern) and re.match(pattern, '/'.join(path)) is not None
 
 
-def make_optimizer(config: Any, steps_per_epoch: int, total_steps: int) -> tuple[optax.GradientTransformation, Callable]:
+def make_optimizer(
+    config: Any, steps_per_epoch: int, total_steps: int
+) -> tuple[optax.GradientTransformation, Callable]:
     """(optimiser, schedule: step -> learning rate).
 
-    L2 of the loss, then zero for what is frozen, then clipping, then the optimiser proper, then the learning rate. What is
-    frozen keeps an optimiser state of its own, untouched until it thaws; the rest's survives the switch.
+    L2 of the loss, then zero for what is frozen, then clipping, then the optimiser proper, then the learning rate.
+    What is frozen keeps an optimiser state of its own, untouched until it thaws; the rest's survives the switch.
 
     Raises:
       UserError: for an unknown name or a regex that is none.
@@ -35,8 +37,8 @@ def make_optimizer(config: Any, steps_per_epoch: int, total_steps: int) -> tuple
     schedule = make_schedule(config.schedule, config.train.batch_size, steps_per_epoch, total_steps)
     thaw_at, pattern = thaw_step(config, steps_per_epoch), config.train.freeze
 
-    def thawed(step: jax.Array) -> jax.Array:
-        return step >= thaw_at
+    def thawed(step: Any, **_: Any) -> jax.Array:
+        return jnp.asarray(step) >= thaw_at
 
     def labels(params: Any) -> Any:
         return traverse_util.path_aware_map(lambda path, _: 'late' if path_matches(pattern, path) else 'always', params)

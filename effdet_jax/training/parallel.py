@@ -30,6 +30,12 @@ def host() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
+def describe_devices() -> str:
+    """'4 x NVIDIA H200 on 1 host'."""
+    hosts = jax.process_count()
+    return f'{jax.device_count()} x {jax.devices()[0].device_kind} on {hosts} host{"s" if hosts > 1 else ""}'
+
+
 def host_folder() -> str:
     """Where this host writes its logs and pictures, below the work directory: the first one in the directory itself."""
     return f'hosts/{jax.process_index()}' if jax.process_index() else '.'

@@ -15,10 +15,11 @@ Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}
 class TrainState:
     """Randomness is a function of `step` and the seed, so no key is kept."""
 
-    step: Any  # int32 [], number of steps done; Any, because a pytree also holds shapes, or NumPy's values on disk
-    variables: Variables
-    ema: Variables  # moving average of the variables; empty where none is kept
-    optimizer: optax.OptState
+    # Any: JAX and Orbax also make such trees of shapes, or of what is to be done with each array.
+    step: Any  # int32 [], number of steps done
+    variables: Any  # Variables
+    ema: Any  # moving average of the variables; {} where none is kept
+    optimizer: Any  # optax.OptState
 
     @property
     def best_variables(self) -> Variables:
@@ -39,6 +40,6 @@ def init_state(variables: Variables, optimizer: optax.GradientTransformation, em
 
 
 def update_ema(ema: Variables, variables: Variables, decay: float, step: jax.Array) -> Variables:
-    """decay <- min(decay, (1 + t) / (10 + t)): an average that starts short does not remember the random start (spec 8)."""
+    """decay <- min(decay, (1 + t) / (10 + t)): starting short, the average forgets the random start (spec 8)."""
     decay_t = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda average, value: decay_t * average + (1.0 - decay_t) * value, ema, variables)

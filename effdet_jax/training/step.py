@@ -27,18 +27,26 @@ def make_train_step(
     schedule: Callable,
     anchors_N4: Any,
 ) -> Callable[[TrainState, Batch, bool], tuple[TrainState, Metrics]]:
-    """`step(state, batch, frozen)`, to be mapped over `model.axis_name`; `frozen` is static: the freeze regex is in force.
+    """`step(state, batch, frozen)`, to be mapped over `model.axis_name`. `frozen` is static: whether the regex holds.
 
     Raises:
       UserError: where the config's values do not go together.
     """
     c, ema_decay, parts, flip = config.loss, config.train.ema_decay, config.train.accumulate, config.augment.flip
-    mean, std, seed, freeze, axis = config.image.mean, config.image.std, config.seed, config.train.freeze, model.axis_name
+    mean, std, seed, freeze, axis = (
+        config.image.mean,
+        config.image.std,
+        config.seed,
+        config.train.freeze,
+        model.axis_name,
+    )
     box_weight, iou_kind, iou_weight, l2 = c.box_weight, c.iou_kind, c.iou_weight, c.l2
     focal = dict(alpha=c.alpha, gamma=c.gamma, label_smoothing=c.label_smoothing)
     delta, match_threshold = c.delta, c.match_threshold
     if iou_kind and iou_kind not in losses.IOU_PENALTIES:
-        raise UserError(f'config.loss.iou_kind={iou_kind!r} is unknown: choose one of {", ".join(losses.IOU_PENALTIES)}')
+        raise UserError(
+            f'config.loss.iou_kind={iou_kind!r} is unknown: choose one of {", ".join(losses.IOU_PENALTIES)}'
+        )
 
     def detection_loss(
         params: Any, batch_stats: Any, images: jax.Array, targets: assignment.Targets, normalizer: jax.Array, key: Any
@@ -79,7 +87,9 @@ def make_train_step(
                 def loss(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
                     # No gradient reaches what is frozen, so XLA drops that part of the backward pass.
                     kept = _stop_gradient(params, freeze) if frozen else params
-                    return detection_loss(kept, batch_stats, *part, normalizer, jax.random.fold_in(depth_key, index))
+                    images, targets = part
+                    key = jax.random.fold_in(depth_key, index)
+                    return detection_loss(kept, batch_stats, images, targets, normalizer, key)
 
                 gradients, (batch_stats, metrics) = jax.grad(loss, has_aux=True)(params)
                 return batch_stats, (gradients, metrics)
@@ -115,7 +125,7 @@ def _keys_of_samples(key: jax.Array, batch: int, axis: str | None) -> jax.Array:
 
 
 def _in_parts(parts: int, function: Callable, carry: Any, batch: Any) -> tuple[Any, Any]:
-    """`function(carry, index, slice) -> (carry, sums)` on equal slices of the batch, one after the other; sums added up."""
+    """`function(carry, index, slice) -> (carry, sums)` on equal slices of the batch, in turn; the sums are added up."""
     if parts == 1:
         return function(carry, 0, batch)
     # Slices are strided: with several devices each slice then holds the same samples as it would with one.

@@ -15,19 +15,20 @@ Row = tuple[str, int, int, int]  # part, parameters loaded, re-initialised, skip
 
 
 def transfer(fresh: Variables, source: Variables) -> tuple[Variables, list[Row]]:
-    """`fresh` with every array that `source` has under the same path and in the same shape, and a table of what came of it.
+    """`fresh` with every array that `source` has under the same path in the same shape, and a table of what came of it.
 
     Raises:
       UserError: where anything but the class predictor differs, naming the first differences.
     """
-    ours, theirs = traverse_util.flatten_dict(fresh), traverse_util.flatten_dict(source)
+    ours: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(fresh))
+    theirs: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(source))
     loaded = {p for p in ours.keys() & theirs.keys() if ours[p].shape == theirs[p].shape}
     wrong = sorted(p for p in (ours.keys() | theirs.keys()) - loaded if p[: len(MAY_DIFFER)] != MAY_DIFFER)
     if wrong:
         names = ', '.join('/'.join(p) for p in wrong[:3])
         raise UserError(
-            f'the weights to start from belong to another model: {len(wrong)} arrays differ beside the class predictor, '
-            f'the first are {names}; set config.train.init_from to a run of the same model'
+            f'the weights to start from belong to another model: {len(wrong)} arrays outside the class predictor '
+            f'differ, the first are {names}; set config.train.init_from to a run of the same model'
         )
     merged = {path: jax.numpy.asarray(theirs[path]) if path in loaded else value for path, value in ours.items()}
 
@@ -35,8 +36,8 @@ def transfer(fresh: Variables, source: Variables) -> tuple[Variables, list[Row]]
         return sum(int(np.prod(tree[p].shape)) for p in paths if p[0] == 'params' and p[1] == part)
 
     parts = dict.fromkeys(path[1] for path in ours if path[0] == 'params')
+    fresh_ones, skipped = ours.keys() - loaded, theirs.keys() - loaded
     rows = [
-        (part, count(ours, loaded, part), count(ours, ours.keys() - loaded, part), count(theirs, theirs.keys() - loaded, part))
-        for part in parts
-    ]  # fmt: skip
+        (part, count(ours, loaded, part), count(ours, fresh_ones, part), count(theirs, skipped, part)) for part in parts
+    ]
     return traverse_util.unflatten_dict(merged), rows

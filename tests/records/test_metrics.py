@@ -133,9 +133,11 @@ def test_waiting_is_the_share_of_time_inside(monkeypatch):
         with waiting:
             pass
     assert waiting.share() == 0.3  # at 10
-    assert waiting.per_second(640) == 64
+    waiting.count(640)
+    assert waiting.per_second() == 64
     waiting.reset()  # at 20
-    assert waiting.share() == 0 and waiting.per_second(8) == 8
+    waiting.count(8)
+    assert waiting.share() == 0 and waiting.per_second() == 8
 
 
 def test_table_is_markdown_with_numbers_flush_right():

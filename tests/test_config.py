@@ -1,0 +1,150 @@
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from configs import default, scaling
+from effdet_jax import config as run_config
+from effdet_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in ('default', 'scaling'))
+
+FAMILY = {  # spec 1: size, backbone, channels, cells, head layers, anchor scale, fusion, last level, stochastic depth
+    'd0': (512, 'b0', 64, 3, 3, 4, 'fast', 7, 0.0),
+    'd1': (640, 'b1', 88, 4, 3, 4, 'fast', 7, 0.2),
+    'd2': (768, 'b2', 112, 5, 3, 4, 'fast', 7, 0.2),
+    'd3': (896, 'b3', 160, 6, 4, 4, 'fast', 7, 0.2),
+    'd4': (1024, 'b4', 224, 7, 4, 4, 'fast', 7, 0.2),
+    'd5': (1280, 'b5', 288, 7, 4, 4, 'fast', 7, 0.2),
+    'd6': (1280, 'b6', 384, 8, 5, 4, 'sum', 7, 0.2),
+    'd7': (1536, 'b6', 384, 8, 5, 5, 'sum', 7, 0.2),
+    'd7x': (1536, 'b7', 384, 8, 5, 4, 'sum', 8, 0.2),
+    'lite0': (320, 'lite0', 64, 3, 3, 3, 'sum', 7, 0.2),
+    'lite1': (384, 'lite1', 88, 4, 3, 3, 'sum', 7, 0.2),
+    'lite2': (448, 'lite2', 112, 5, 3, 3, 'sum', 7, 0.2),
+    'lite3': (512, 'lite3', 160, 6, 4, 4, 'sum', 7, 0.2),
+    'lite3x': (640, 'lite3', 200, 6, 4, 3, 'sum', 7, 0.2),
+    'lite4': (640, 'lite4', 224, 7, 4, 4, 'sum', 7, 0.2),
+}
+
+
+def get_config(name, *preset):
+    return importlib.import_module(f'configs.{name}').get_config(*preset)
+
+
+# The config files.
+
+
+@pytest.mark.parametrize('name', FAMILY)
+def test_the_family(name):
+    c = get_config(name)
+    size, backbone, channels, cells, layers, anchor_scale, fusion, max_level, stochastic_depth = FAMILY[name]
+    assert c.name == name
+    assert c.image.size == (size, size)
+    assert c.model.to_dict() == {
+        'backbone': backbone, 'feature_network': 'bifpn', 'fusion': fusion, 'channels': channels, 'cells': cells,
+        'head_layers': layers, 'max_level': max_level, 'stochastic_depth': stochastic_depth,
+        'anchors': {'scale': anchor_scale, 'octaves': 3, 'aspect_ratios': (1.0, 2.0, 0.5)},
+        'dtype': 'float32', 'remat': False,
+    }  # fmt: skip
+    lite = name.startswith('lite')
+    assert c.image.mean == pytest.approx((127,) * 3 if lite else [255 * m for m in (0.485, 0.456, 0.406)])
+    assert c.image.std == pytest.approx((128,) * 3 if lite else [255 * s for s in (0.229, 0.224, 0.225)])
+    assert c.train.epochs == (600 if name in ('d7', 'd7x') else 300)
+
+
+def test_the_table_holds_the_family_and_one_more():
+    assert scaling.SCALES.keys() - FAMILY.keys() == {'nano'}
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_every_config_file_has_the_keys_of_the_default(name):
+    ours, keys = (dict(run_config.flatten(c.to_dict())) for c in (get_config(name), default.get_config('d0')))
+    assert ours.keys() == keys.keys()
+    run_config.to_json(get_config(name))  # no function, no array: it can be stored
+
+
+@pytest.mark.parametrize('preset', default.DATASETS)
+@pytest.mark.parametrize('name', ['d0', 'd7x', 'quickstart'])
+def test_presets_choose_the_data(name, preset):
+    if name == 'quickstart' and preset != 'shapes':
+        pytest.skip('its splits are those of shapes')
+    assert get_config(name, preset).dataset.source == default.DATASETS[preset]['source']
+
+
+def test_an_unknown_preset_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match="'voc2008' is unknown: choose one of shapes, voc2007, voc0712, coco2017"):
+        get_config('d3', 'voc2008')
+
+
+def test_a_config_imports_no_jax():
+    imports = ''.join(f'import configs.{name}; configs.{name}.get_config(); ' for name in FILES)
+    script = f'import sys; {imports}print([m for m in ("jax", "flax", "numpy", "effdet_jax") if m in sys.modules])'
+    printed = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout == '[]\n'
+
+
+# Every key is read.
+
+
+def test_a_recorded_config_knows_what_nobody_has_read():
+    c = run_config.Recorded(tiny.config())
+    leaves = dict(run_config.flatten(tiny.config().to_dict()))
+    assert set(c.unread()) == leaves.keys()
+    assert (c.model.anchors.octaves, c.train.epochs) == (3, 2.0)
+    assert leaves.keys() - set(c.unread()) == {'model.anchors.octaves', 'train.epochs'}
+    with pytest.raises(AttributeError):
+        _ = c.train.epoch
+
+
+def test_what_nobody_has_read_is_refused_by_name():
+    c = run_config.Recorded(default.ConfigDict({'a': 1, 'b': {'c': 2, 'd': 3}}))
+    _ = c.b.c
+    with pytest.raises(UserError, match=r'nothing reads these config keys: a, b\.d; see configs/default\.py'):
+        run_config.refuse_unread(c)
+    _ = c.a, c.b.d
+    run_config.refuse_unread(c)
+
+
+# On disk.
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    run_config.save(tiny.config(), tmp_path)
+    assert run_config.to_json(run_config.load(tmp_path)) == run_config.to_json(tiny.config())
+
+
+def test_a_folder_without_a_run_and_a_damaged_config_are_named(tmp_path):
+    with pytest.raises(UserError, match=r'config\.json does not exist: give the --workdir of a training run'):
+        run_config.load(tmp_path)
+    (tmp_path / 'config.json').write_text('{"train": {')
+    with pytest.raises(UserError, match=r'config\.json is damaged'):
+        run_config.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('train.epochs', 3.0, r'train\.epochs: 2\.0 there, 3\.0 now'),
+        ('image.size', (64, 96), r'image\.size: \[64, 64\] there, \[64, 96\] now'),
+        ('train.unfreeze_epoch', None, r'train\.unfreeze_epoch: 1\.0 there, None now'),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_config(tmp_path, key, value, message):
+    run_config.save(tiny.config(), tmp_path)
+    c = tiny.config()
+    c.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f'belongs to a run with another config .*{message}.*choose another --workdir'):
+        run_config.refuse_another(c, tmp_path)
+
+
+def test_a_run_goes_on_where_only_what_it_shows_and_keeps_has_changed(tmp_path):
+    run_config.refuse_another(tiny.config(), tmp_path)
+    run_config.save(tiny.config(), tmp_path)
+    c = tiny.config()
+    c.log.every_steps, c.eval.every_epochs, c.checkpoint.keep, c.dataset.threads = 50, 0.5, 9, 4
+    run_config.refuse_another(c, tmp_path)
