@@ -1,7 +1,9 @@
 """What all commands share: flags, one-line errors, exit codes (0 done, 1 failed, 2 bad usage)."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -11,9 +13,7 @@ from effdet_jax.errors import UserError
 
 def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
     """Parses the flags, runs `main` on the rest, and turns what the user can mend into one line and an exit code."""
-    for name in required:
-        flags.register_validator(name, bool, message=f'--{name} is missing; --help explains it')
-    app.run(lambda arguments: _main(main, arguments), flags_parser=_parse)
+    app.run(functools.partial(_main, main), flags_parser=functools.partial(_parse, required=required))
 
 
 def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
@@ -26,16 +26,24 @@ def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> No
         _fail(str(error), 1)
 
 
-def _parse(argv: Sequence[str]) -> Sequence[str]:
+def _parse(argv: Sequence[str], required: Sequence[str]) -> Sequence[str]:
+    argv = list(argv)
+    if any(argument.startswith(('--help', '-help')) for argument in argv):
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl's own flag exits with 1
+    for argument in argv:
+        file = argument.removeprefix('--config=').split(':')[0]
+        if argument.startswith('--config=') and not Path(file).is_file():
+            _fail(f'config file {file} does not exist: the ready ones are configs/*.py', 2)
     try:
-        return app.parse_flags_with_usage(list(argv)) if '--help' in argv else flags.FLAGS(list(argv))
-    except flags.Error as error:
-        _fail(str(error), 2)
+        rest = flags.FLAGS(argv)
     # A config file is run while the flags are parsed, and an override may name a key that does not exist.
-    except FileNotFoundError as error:
-        _fail(f'config file {error.filename} does not exist: the ready ones are configs/*.py', 2)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        _fail(f'bad --config: {error.args[0] if error.args else error}', 2)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = str(error.args[0] if error.args else error)
+        reason = reason.strip().splitlines()[-1] if 'Traceback' in reason else reason
+        _fail('bad flags: ' + reason.replace('\\n', ' ').replace("\\'", "'").strip("'"), 2)
+    if missing := [f'--{name}' for name in required if not flags.FLAGS[name].value]:
+        _fail(f'{" and ".join(missing)} missing; --help explains', 2)
+    return rest
 
 
 def _fail(message: str, code: int) -> NoReturn:

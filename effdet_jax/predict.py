@@ -20,13 +20,14 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
 def main(arguments: Sequence[str]) -> None:
-    from effdet_jax.data import read_image  # after the flags: --help must not wait for jax
+    images, out = find_images(arguments), Path(OUT.value)
+
+    from effdet_jax.data import read_image  # only now: neither --help nor a mistyped path waits for jax
     from effdet_jax.inference import Detector
     from effdet_jax.records.files import write_atomically
     from effdet_jax.records.metrics import say, track
     from effdet_jax.records.pictures import draw_boxes, write_image
 
-    images, out = find_images(arguments), Path(OUT.value)
     detector = Detector.load(WORKDIR.value)
     results, unreadable = [], []
     for path, name in track(images.items(), len(images), 'detecting'):

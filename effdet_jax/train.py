@@ -1,7 +1,8 @@
 """The training loop: restore -> step -> log -> evaluate -> save."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from effdet_jax import data, evaluate
 from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import build_model
-from effdet_jax.records.checkpoint import Checkpoints, load_variables
+from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints, load_variables
 from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, read_metrics, say, table
 from effdet_jax.training import parallel
 from effdet_jax.training.optimizer import make_optimizer, path_matches, thaw_step
@@ -32,9 +33,10 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
       UserError: for anything in the config, the data or the work directory that the user can mend.
     """
     run = build(config, workdir)
-    say(f'{config.name}: {run.total_steps} steps of {config.train.batch_size} images on {parallel.describe_devices()}')
+    say(f'{run.name}: {run.total_steps} steps of {run.batch_size} images on {parallel.describe_devices()}')
     state, pending, waiting, left_out, metrics = run.state, [], Waiting(), 0, {}
     with (
+        contextlib.closing(run.checkpoints),  # an interrupted run, too, waits for the one that is being written
         MetricsLog(workdir / parallel.host_folder(), run.first_step) as log,
         Progress(run.total_steps, run.first_step, description='training') as progress,
     ):
@@ -50,11 +52,11 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
                 say(f'compiled in {waiting.elapsed():.0f} s')
                 waiting.reset()
             else:
-                waiting.count(config.train.batch_size)
+                waiting.count(run.batch_size)
 
             evaluates, saves = step in run.evaluation_steps, step in run.save_steps
             # Logged before every save too: so no mean spans a restart, and a continued run logs the same numbers.
-            if step % config.log.every_steps == 0 or saves:
+            if step % run.log_interval == 0 or saves:
                 means = {name: float(np.mean(values)) for name, values in _columns(jax.device_get(pending)).items()}
                 means['images_per_second'] = waiting.per_second()
                 means['waiting_for_data'] = waiting.share()
@@ -67,14 +69,13 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
             if evaluates:
                 metrics, found = run.evaluate(state.best_variables)
                 log.write(step, {f'eval/{name}': value for name, value in metrics.items()})
-                log.pictures(step, evaluate.draw(run.eval_source, found, config.eval.pictures))
+                log.pictures(step, evaluate.draw(run.eval_source, found, run.num_pictures))
                 say(f'step {step}  ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in HEADLINE))
             if saves:
                 scores = {f'eval/{name}': value for name, value in metrics.items()} if evaluates else None
                 run.save(step, state, scores)
             if evaluates or saves:
                 waiting.reset()
-    run.checkpoints.close()
     return metrics or run.last_evaluation()
 
 
@@ -89,6 +90,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 class Run:
     """Everything a config describes, ready for the loop."""
 
+    name: str
     config: dict[str, Any]
     workdir: Path
     eval_source: data.Source
@@ -99,9 +101,12 @@ class Run:
     checkpoints: Checkpoints
     first_step: int
     total_steps: int
+    batch_size: int
     thaw_step: float
+    log_interval: int
     evaluation_steps: set[int]
     save_steps: set[int]
+    num_pictures: int
 
     def save(self, step: int, state: TrainState, scores: dict[str, float] | None) -> None:
         position = self.batches.get_state()  # type: ignore[attr-defined]  # Grain's iterators have one
@@ -110,7 +115,8 @@ class Run:
     def last_evaluation(self) -> dict[str, float]:
         """Of a run that had nothing left to do."""
         rows = [row for row in read_metrics(self.workdir / 'metrics.jsonl') if 'eval/AP' in row]
-        return {name.removeprefix('eval/'): value for name, value in rows[-1].items()} if rows else {}
+        last = rows[-1] if rows else {}
+        return {name.removeprefix('eval/'): value for name, value in last.items() if name != 'step'}
 
 
 def build(config: Any, workdir: Path) -> Run:
@@ -121,7 +127,7 @@ def build(config: Any, workdir: Path) -> Run:
     """
     c = run_config.Recorded(config)
     train_source, eval_source = open_sources(c)
-    remember_classes(config, eval_source)
+    remember_classes(config, eval_source, c.dataset.category_ids)
     run_config.refuse_another(config, workdir)
     model = build_model(c.model, len(train_source.class_names), parallel.AXIS)
     anchors_N4 = image_anchors(c)
@@ -146,35 +152,38 @@ def build(config: Any, workdir: Path) -> Run:
     detect = parallel.map_devices(make_detect(c, model))
     evaluate_all = evaluate.make_evaluate(c, eval_source, detect)
 
-    variables = init_variables(model, c.seed)
+    variables, init_from = init_variables(model, c.seed), t.init_from
     _check_freeze(t.freeze, variables)
+    if init_from and not has_checkpoints(workdir):
+        variables = start_from(Path(init_from), variables)
+    state = init_state(variables, optimizer, t.ema_decay)
     if c.checkpoint.best not in (known := [f'eval/{name}' for name in evaluate.SUMMARY]):
         raise UserError(f'config.checkpoint.best={c.checkpoint.best!r} is unknown: choose one of {", ".join(known)}')
-    checkpoints = Checkpoints(workdir, keep=c.checkpoint.keep, best=c.checkpoint.best)
-    state = init_state(variables, optimizer, t.ema_decay)
-    init_from, first_step = t.init_from, checkpoints.latest_step() or 0
-    if first_step:
-        restored = checkpoints.restore(first_step, jax.tree.map(np.asarray, state))
-        state = restored.state
-        batches.set_state(restored.data_position)
-        say(f'continuing {workdir} from step {first_step} of {total_steps}')
-    elif init_from:
-        state = init_state(start_from(Path(init_from), variables), optimizer, t.ema_decay)
 
     def every(epochs: float) -> set[int]:
         interval = max(round(epochs * steps_per_epoch), 1)
         return {*range(interval, total_steps, interval), total_steps}
 
     evaluation_steps = every(c.eval.every_epochs)
-    run = Run(
-        run_config.to_json(config), workdir, eval_source, batches, parallel.replicate(state), train_step, evaluate_all,
-        checkpoints, first_step, total_steps, thaw_step(c, steps_per_epoch), evaluation_steps,
-        every(c.checkpoint.every_epochs) | evaluation_steps,
-    )  # fmt: skip
-    _ = c.name, c.log.every_steps, c.eval.pictures, c.dataset.category_ids  # read by the loop, and by the Detector
+    save_steps = every(c.checkpoint.every_epochs) | evaluation_steps
+    keep, best, thaws_at = c.checkpoint.keep, c.checkpoint.best, thaw_step(c, steps_per_epoch)
+    name, log_interval, num_pictures = c.name, c.log.every_steps, c.eval.pictures
     run_config.refuse_unread(c)
+
+    # Everything stands: from here on the work directory is touched.
     run_config.save(config, workdir)
-    return run
+    checkpoints = Checkpoints(workdir, keep=keep, best=best)
+    first_step = checkpoints.latest_step() or 0
+    if first_step:
+        restored = checkpoints.restore(first_step, jax.tree.map(np.asarray, state))
+        state = restored.state
+        batches.set_state(restored.data_position)
+        say(f'continuing {workdir} from step {first_step} of {total_steps}')
+    return Run(
+        name, run_config.to_json(config), workdir, eval_source, batches, parallel.replicate(state), train_step,
+        evaluate_all, checkpoints, first_step, total_steps, t.batch_size, thaws_at, log_interval, evaluation_steps,
+        save_steps, num_pictures,
+    )  # fmt: skip
 
 
 def open_sources(config: Any) -> tuple[data.Source, data.Source]:
@@ -187,11 +196,11 @@ def open_sources(config: Any) -> tuple[data.Source, data.Source]:
     return train_source, eval_source
 
 
-def remember_classes(config: Any, source: data.Source) -> None:
+def remember_classes(config: Any, source: data.Source, category_ids: Sequence[int]) -> None:
     """Fills in what the config left to the data, so that `config.json` alone says what a label means."""
     with config.unlocked():
         config.dataset.class_names = source.class_names
-        config.dataset.category_ids = config.dataset.category_ids or source.category_ids
+        config.dataset.category_ids = tuple(category_ids) or source.category_ids
 
 
 def start_from(workdir: Path, fresh: Variables) -> Variables:
@@ -218,7 +227,7 @@ def evaluate_best(config: Any, workdir: Path) -> dict[str, float]:
       UserError: where the work directory holds no run of this config.
     """
     _, source = open_sources(config)
-    remember_classes(config, source)
+    remember_classes(config, source, config.dataset.category_ids)
     run_config.refuse_another(config, workdir, only=run_config.NETWORK_KEYS)
     step, variables = load_variables(workdir)
     say(f'evaluating {workdir}, step {step}, on {len(source)} images')

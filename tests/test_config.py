@@ -69,11 +69,10 @@ def test_every_config_file_has_the_keys_of_the_default(name):
 
 
 @pytest.mark.parametrize('preset', default.DATASETS)
-@pytest.mark.parametrize('name', ['d0', 'd7x', 'quickstart'])
+@pytest.mark.parametrize('name', FAMILY)
 def test_presets_choose_the_data(name, preset):
-    if name == 'quickstart' and preset != 'shapes':
-        pytest.skip('its splits are those of shapes')
-    assert get_config(name, preset).dataset.source == default.DATASETS[preset]['source']
+    dataset = get_config(name, preset).dataset
+    assert {key: dataset[key] for key in ('source', 'train_split', 'eval_split')} == default.DATASETS[preset]
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones():

@@ -1,9 +1,11 @@
-"""What the tests of training and inference share: a run of eight steps, and a detector of four layers."""
+"""What the tests of training and inference share: a run of eight steps, a few images, a detector of four layers."""
 
 import flax.linen as nn
 import numpy as np
 
 from configs import quickstart
+from effdet_jax import data
+from effdet_jax.data import shapes
 from effdet_jax.model import EfficientDet, efficientdet, layers
 
 STEPS_PER_EPOCH, STEPS = 4, 8
@@ -23,6 +25,28 @@ def config():
     c.checkpoint.update(every_epochs=0.5)
     c.log.every_steps = 1
     return c
+
+
+class ManySizes:
+    """Pictures of shapes in as many sizes and proportions, larger and smaller than the network's input."""
+
+    class_names = shapes.CLASS_NAMES
+    category_ids = (1, 2, 3, 4, 5)
+    notes = ()
+
+    def __init__(self, length):
+        self._length = length
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, index):
+        example = shapes.draw(index, size=40 + 20 * index)
+        margins = ((0, 0), (0, 7 * index), (0, 0)) if index % 2 else ((0, 5 * index), (0, 0), (0, 0))
+        return data.Example(np.pad(example.image, margins), example.annotations)
+
+    def annotations(self, index):
+        return self[index].annotations
 
 
 class Toy(EfficientDet):

@@ -21,10 +21,10 @@ CLASS_NAMES: tuple[str, ...] = ('ellipse', 'rectangle', 'triangle', 'star', 'rin
 
 
 def draw(index: int, size: int = 128) -> Example:
-    """Picture number `index` (>= 0) with 1 to 5 objects, RGB `size` x `size`; equal for equal arguments.
+    """Picture number `index` (>= 0) with 1 to 4 objects, RGB `size` x `size`; equal for equal arguments.
 
     A box is tight around what is inside the image of the whole shape, be it covered or not, to half a pixel. At least
-    six tenths of that are to be seen, and at most three tenths of the shape are outside.
+    three quarters of that are to be seen, and at most a fifth of the shape is outside.
     """
     rng = np.random.default_rng((_SEED, index))
     canvas = _background(rng, _OVERSAMPLING * size)
@@ -53,8 +53,8 @@ def draw(index: int, size: int = 128) -> Example:
 _SEED = 20
 _OVERSAMPLING = 2
 _SHIFT = 4  # OpenCV reads points in sixteenths of a pixel
-_MIN_VISIBLE = 0.6
-_MAX_OUTSIDE = 0.3
+_MIN_VISIBLE = 0.75
+_MAX_OUTSIDE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +70,12 @@ class _Thing:
 
 
 def _arrange(rng: np.random.Generator, size: int) -> list[_Thing]:
-    """Places 1 to 5 objects, later over earlier ones; a place where too much of anything is hidden is given up."""
+    """Places 1 to 4 objects, later over earlier ones; a place where too much of anything is hidden is given up."""
     things: list[_Thing] = []
-    for _ in range(rng.integers(1, 6)):
+    for _ in range(rng.integers(1, 5)):
         label = int(rng.integers(len(CLASS_NAMES)))
         # one in twenty is small; the others are spread evenly over the octaves
-        low, high = (0.1, 0.16) if rng.random() < 0.05 else (0.2, 0.65)
+        low, high = (0.1, 0.16) if rng.random() < 0.05 else (0.22, 0.65)
         radius = size * low * (high / low) ** rng.random() / 2
         for _ in range(8):
             thing = _place(rng, label, radius, size)

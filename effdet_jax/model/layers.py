@@ -38,16 +38,18 @@ depthwise_fan_in = _on_transposed_shape(fan_in)
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """Makes batch-norm layers: `norm(name)(x, train)`, epsilon 1e-3 and momentum 0.99 everywhere (spec 2).
+    """Makes batch-norm layers: `norm(name)(x, train)`, epsilon 1e-3 everywhere (spec 2).
 
-    With `axis_name` set, training statistics are those of the global batch over that mapped axis.
+    In training a layer leaves the statistics of this batch in `batch_stats`; to average them over the steps is the
+    training step's business (training/state.py). With `axis_name` set they are those of the global batch over that
+    mapped axis.
     """
 
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
     def __call__(self, name: str) -> Callable[[Array, bool], Array]:
-        layer = nn.BatchNorm(momentum=0.99, epsilon=1e-3, dtype=self.dtype, axis_name=self.axis_name, name=name)
+        layer = nn.BatchNorm(momentum=0.0, epsilon=1e-3, dtype=self.dtype, axis_name=self.axis_name, name=name)
         return lambda x, train: layer(x, use_running_average=not train)
 
 

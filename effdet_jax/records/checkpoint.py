@@ -102,18 +102,22 @@ class Checkpoints:
         self._manager.close()
 
 
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether a run has saved anything there. Looks only."""
+    return any((workdir / 'checkpoints').glob('[0-9]*'))
+
+
 def load_variables(workdir: Path) -> tuple[int, dict[str, Any]]:
     """(step, weights) of the best checkpoint of a run.
 
     Raises:
       UserError: where there is none.
     """
-    if not (workdir / 'checkpoints').is_dir():
-        raise UserError(f'{workdir} holds no checkpoints: give the --workdir of a training run')
+    if not has_checkpoints(workdir):
+        raise UserError(f'{workdir} holds no checkpoints: give the --workdir of a training run that has saved one')
     checkpoints = Checkpoints(workdir)
     step = checkpoints.best_step()
-    if step is None:
-        raise UserError(f'{workdir}/checkpoints is empty: the run has not saved yet')
+    assert step is not None
     variables = checkpoints.variables(step)
     checkpoints.close()
     return step, variables

@@ -184,7 +184,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = '')
 
 
 class Waiting:
-    """A stopwatch for a training loop: its rate, and the share of time spent in `with waiting: batch = next(batches)`."""
+    """A stopwatch for a training loop: its rate, and the share spent waiting, `with waiting: batch = next(batches)`."""
 
     def __init__(self) -> None:
         self.reset()

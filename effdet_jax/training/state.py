@@ -39,7 +39,15 @@ def init_state(variables: Variables, optimizer: optax.GradientTransformation, em
     return TrainState(jnp.zeros((), jnp.int32), variables, ema, jax.jit(optimizer.init)(variables['params']))
 
 
-def update_ema(ema: Variables, variables: Variables, decay: float, step: jax.Array) -> Variables:
-    """decay <- min(decay, (1 + t) / (10 + t)): starting short, the average forgets the random start (spec 8)."""
+BATCH_STATS_DECAY = 0.99  # the "momentum" of batch norm
+
+
+def moving_average(average: Any, value: Any, decay: float, step: jax.Array) -> Any:
+    """decay <- min(decay, (1 + t) / (10 + t)): starting short, an average forgets the random start (spec 8).
+
+    Of the variables, and of the batch statistics. The reference averages the latter with a constant 0.99 from variance
+    1, of which 3 per cent are left after 360 steps: where the true variance is 0.01, evaluation is wrong for most of a
+    short run. From step 891 on there is no difference.
+    """
     decay_t = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda average, value: decay_t * average + (1.0 - decay_t) * value, ema, variables)
+    return jax.tree.map(lambda a, v: a + (1.0 - decay_t) * (v - a), average, value)  # exact where both are equal

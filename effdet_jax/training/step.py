@@ -14,7 +14,7 @@ from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet
 from effdet_jax.training import augment
 from effdet_jax.training.optimizer import is_kernel, path_matches
-from effdet_jax.training.state import TrainState, Variables, update_ema
+from effdet_jax.training.state import BATCH_STATS_DECAY, TrainState, Variables, moving_average
 
 Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], valid_size [B, 2], boxes [B, M, 4] yxyx, labels [B, M]
 Metrics = dict[str, jax.Array]
@@ -32,17 +32,13 @@ def make_train_step(
     Raises:
       UserError: where the config's values do not go together.
     """
-    c, ema_decay, parts, flip = config.loss, config.train.ema_decay, config.train.accumulate, config.augment.flip
-    mean, std, seed, freeze, axis = (
-        config.image.mean,
-        config.image.std,
-        config.seed,
-        config.train.freeze,
-        model.axis_name,
-    )
-    box_weight, iou_kind, iou_weight, l2 = c.box_weight, c.iou_kind, c.iou_weight, c.l2
+    axis, seed = model.axis_name, config.seed
+    mean, std, flip = config.image.mean, config.image.std, config.augment.flip
+    parts, freeze, ema_decay = config.train.accumulate, config.train.freeze, config.train.ema_decay
+    c = config.loss
     focal = dict(alpha=c.alpha, gamma=c.gamma, label_smoothing=c.label_smoothing)
-    delta, match_threshold = c.delta, c.match_threshold
+    delta, box_weight, l2, match_threshold = c.delta, c.box_weight, c.l2, c.match_threshold
+    iou_kind, iou_weight = c.iou_kind, c.iou_weight
     if iou_kind and iou_kind not in losses.IOU_PENALTIES:
         raise UserError(
             f'config.loss.iou_kind={iou_kind!r} is unknown: choose one of {", ".join(losses.IOU_PENALTIES)}'
@@ -83,7 +79,7 @@ def make_train_step(
         params, batch_stats = state.variables['params'], state.variables['batch_stats']
         with nn.intercept_methods(_frozen_batch_norm(freeze if frozen else '')):
 
-            def gradients_of(batch_stats: Any, index: Any, part: tuple) -> tuple[Any, tuple[Any, Metrics]]:
+            def gradients_of(index: Any, part: tuple) -> tuple[Any, Any, Metrics]:
                 def loss(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
                     # No gradient reaches what is frozen, so XLA drops that part of the backward pass.
                     kept = _stop_gradient(params, freeze) if frozen else params
@@ -91,16 +87,17 @@ def make_train_step(
                     key = jax.random.fold_in(depth_key, index)
                     return detection_loss(kept, batch_stats, images, targets, normalizer, key)
 
-                gradients, (batch_stats, metrics) = jax.grad(loss, has_aux=True)(params)
-                return batch_stats, (gradients, metrics)
+                gradients, (part_stats, metrics) = jax.grad(loss, has_aux=True)(params)
+                return gradients, jax.tree.map(lambda x: x / parts, part_stats), metrics
 
-            batch_stats, (gradients, metrics) = _in_parts(parts, gradients_of, batch_stats, (images, targets))
+            gradients, new_stats, metrics = _sum_of_parts(parts, gradients_of, (images, targets))
         # Each device has divided by the positives of all: the sum is the gradient of the whole batch.
         gradients, metrics = _sum_over(axis, (gradients, metrics))
 
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+        batch_stats = moving_average(batch_stats, new_stats, BATCH_STATS_DECAY, state.step)
         variables: Variables = {'params': optax.apply_updates(params, updates), 'batch_stats': batch_stats}
-        ema = update_ema(state.ema, variables, ema_decay, state.step) if ema_decay else state.ema
+        ema = moving_average(state.ema, variables, ema_decay, state.step) if ema_decay else state.ema
 
         metrics['l2_loss'] = l2 * 0.5 * sum(jnp.vdot(k, k) for k in _kernels(params))
         metrics['loss'] += metrics['l2_loss']
@@ -124,14 +121,18 @@ def _keys_of_samples(key: jax.Array, batch: int, axis: str | None) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(batch))
 
 
-def _in_parts(parts: int, function: Callable, carry: Any, batch: Any) -> tuple[Any, Any]:
-    """`function(carry, index, slice) -> (carry, sums)` on equal slices of the batch, in turn; the sums are added up."""
+def _sum_of_parts(parts: int, function: Callable, batch: Any) -> Any:
+    """The sum of `function(index, part)` over equal parts of the batch, one after the other."""
     if parts == 1:
-        return function(carry, 0, batch)
-    # Slices are strided: with several devices each slice then holds the same samples as it would with one.
+        return function(0, batch)
+    # Parts are strided: with several devices each part then holds the same samples as it would with one.
     sliced = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-    carry, sums = jax.lax.scan(lambda carry, x: function(carry, *x), carry, (jnp.arange(parts), sliced))
-    return carry, jax.tree.map(lambda x: x.sum(axis=0), sums)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, 0, jax.tree.map(lambda x: x[0], sliced)))
+
+    def add(total: Any, x: tuple[Any, Any]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*x)), None
+
+    return jax.lax.scan(add, zeros, (jnp.arange(parts), sliced))[0]
 
 
 def _frozen_batch_norm(pattern: str) -> Callable:

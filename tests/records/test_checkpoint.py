@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from effdet_jax.errors import UserError
-from effdet_jax.records.checkpoint import Checkpoints, load_variables
+from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints, load_variables
 from effdet_jax.training.state import init_state
 
 OPTIMIZER = optax.adam(0.1)
@@ -114,9 +114,12 @@ def test_the_state_of_another_model_is_refused(tmp_path, wanted):
 
 
 def test_where_there_is_no_checkpoint_the_message_says_so(tmp_path):
+    assert not has_checkpoints(tmp_path)
     with pytest.raises(UserError, match='holds no checkpoints: give the --workdir of a training run'):
         load_variables(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    Checkpoints(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []  # the first save makes the folder
     (tmp_path / 'checkpoints').mkdir()
-    with pytest.raises(UserError, match='is empty: the run has not saved yet'):
+    with pytest.raises(UserError, match='holds no checkpoints'):
         load_variables(tmp_path)

@@ -14,7 +14,7 @@ from effdet_jax.detection import assignment, boxes
 from effdet_jax.detection.anchors import make_anchors
 from effdet_jax.errors import UserError
 from effdet_jax.training.optimizer import is_kernel, make_optimizer
-from effdet_jax.training.state import init_state, init_variables, update_ema
+from effdet_jax.training.state import init_state, init_variables, moving_average
 from effdet_jax.training.step import make_train_step
 
 SIZE, NUM_CLASSES, RATE = 32, 3, 0.1
@@ -119,7 +119,9 @@ def test_loss_and_metrics_are_those_of_the_definition(plain):
         'positives': positives, 'learning_rate': RATE,
     }  # fmt: skip
     assert_close({name: metrics[name] for name in expected}, expected)
-    assert_close(after.variables['batch_stats'], statistics)
+    # A tenth of what was stored is left after the first step (the average's decay starts at 1 / 10).
+    averaged = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * new, batch_stats, statistics)
+    assert_close(after.variables['batch_stats'], averaged)
     assert after.step == before.step + 1
 
 
@@ -240,7 +242,7 @@ def test_the_average_follows_parameters_and_statistics():
     state, step = make(recipe(**{'train.ema_decay': 0.9}))
     for t in range(3):
         after, _ = step(state, BATCH, False)
-        assert_close(after.ema, update_ema(state.ema, after.variables, 0.9, jnp.int32(t)))
+        assert_close(after.ema, moving_average(state.ema, after.variables, 0.9, jnp.int32(t)))
         state = after
     assert len(moved(state.variables, state.ema)) == len(jax.tree.leaves(state.ema))
 
@@ -255,17 +257,17 @@ def test_accumulation_in_parts_is_one_step_where_batch_norm_is_frozen():
 
 
 def test_accumulation_adds_the_gradients_of_the_parts():
-    """All divided by the positives of the whole batch; the statistics of the second part follow those of the first."""
+    """All divided by the positives of the whole batch; the statistics are the mean of the parts'."""
     state, step = make(recipe(**{'train.accumulate': 2, 'loss.l2': 0.0}))
     after, metrics = step(state, BATCH, False)
-    params, statistics, total, loss = state.variables['params'], state.variables['batch_stats'], None, 0.0
-    for part in range(2):
-        gradient = jax.value_and_grad(composed, has_aux=True)
-        (value, (_, _, statistics)), gradients = gradient(
-            params, statistics, {name: array[part::2] for name, array in BATCH.items()}, targets_of(BATCH)[2] + 1
-        )
-        loss += value
-        total = gradients if total is None else jax.tree.map(jnp.add, total, gradients)
-    assert_close(metrics['loss'], loss)
-    assert_close(after.variables['batch_stats'], statistics)
+    params, stored = state.variables['params'], state.variables['batch_stats']
+    gradient = jax.value_and_grad(composed, has_aux=True)
+    parts = [
+        gradient(params, stored, {name: array[part::2] for name, array in BATCH.items()}, targets_of(BATCH)[2] + 1)
+        for part in range(2)
+    ]
+    total = jax.tree.map(jnp.add, parts[0][1], parts[1][1])
+    assert_close(metrics['loss'], sum(value for (value, _), _ in parts))
+    averaged = jax.tree.map(lambda old, a, b: 0.1 * old + 0.45 * (a + b), stored, *(aux[2] for (_, aux), _ in parts))
+    assert_close(after.variables['batch_stats'], averaged)
     assert_close(after.variables['params'], jax.tree.map(lambda w, g: w - RATE * g, params, total), atol=1e-5)

@@ -1,0 +1,80 @@
+"""Commands as a user starts them: the exit code, and one line that says what to do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(command, *arguments, **environment):
+    """(exit code, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, '-m', f'effdet_jax.{command}', *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ((), 'error: --config and --workdir missing'),
+        (('--config=configs/d0.py',), 'error: --workdir missing'),
+        (('--config=configs/d9.py', '--workdir=W'), 'error: config file configs/d9.py does not exist'),
+        (('--config=configs/d0.py', '--config.trian.epochs=3', '--workdir=W'), 'trian'),
+        (('--config=configs/d0.py', '--config.train.epoch=3', '--workdir=W'), 'epoch'),
+        (('--config=configs/d0.py', '--config.train.epochs=many', '--workdir=W'), 'many'),
+        (('--config=configs/d0.py:voc2008', '--workdir=W'), "'voc2008' is unknown: choose one of shapes, voc2007"),
+        (('--config=configs/d0.py', '--workdir=W', '--wrokdir=W'), 'wrokdir'),
+        (('--config=configs/d0.py', '--workdir=W', '--mode=tain'), 'tain'),
+        (('--config=configs/d0.py', '--workdir=W', 'resume'), 'resume'),
+    ],
+    ids=lambda value: ' '.join(value) if isinstance(value, tuple) else '',
+)
+def test_bad_usage_is_one_line_and_exit_code_2(arguments, message):
+    code, out, error = start('main', *arguments)
+    assert (code, out) == (2, '')
+    assert error.startswith('error: ')
+    assert error.count('\n') == 1
+    assert message in error
+    assert not (ROOT / 'W').exists()
+
+
+@pytest.mark.parametrize('command', ['main', 'predict'])
+def test_help_is_no_failure(command):
+    code, out, _ = start(command, '--help')
+    assert code == 0
+    assert f'python -m effdet_jax.{command} ' in out
+    assert '--workdir' in out
+
+
+def test_missing_data_is_one_line_that_says_how_to_get_it(tmp_path):
+    workdir = tmp_path / 'run'
+    code, out, error = start(
+        'main', '--config=configs/d3.py:voc2007', f'--workdir={workdir}', TFDS_DATA_DIR=str(tmp_path)
+    )
+    assert (code, out) == (1, '')
+    assert error.startswith('error: voc/2007 is not prepared in ')
+    assert 'download_and_prepare' in error
+    assert error.count('\n') == 1
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'code', 'message'),
+    [
+        (('README.md',), 2, '--workdir and --out missing'),
+        (('--workdir=nowhere', '--out=W', 'nowhere'), 1, 'error: nowhere does not exist'),
+        (('--workdir=nowhere', '--out=W'), 2, 'name at least one image or folder'),
+    ],
+)
+def test_predict_needs_a_run_and_images(arguments, code, message):
+    returned, _, error = start('predict', *arguments)
+    assert returned == code
+    assert message in error
+    assert error.count('\n') == 1
+    assert not (ROOT / 'W').exists()
