@@ -1,4 +1,4 @@
-"""Loss and AP over the steps of one or more runs: python experiments/curves.py OUT.png WORKDIR..."""
+"""Loss and AP over the steps of one or more runs: python -m experiments.curves OUT.png WORKDIR..."""
 
 import sys
 from pathlib import Path

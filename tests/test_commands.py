@@ -14,7 +14,7 @@ def start(command, *arguments, **environment):
     """(exit code, stdout, stderr)."""
     done = subprocess.run(
         [sys.executable, '-m', f'effdet_jax.{command}', *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 

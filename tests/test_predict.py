@@ -52,7 +52,7 @@ def run(images, finished_run, tmp_path_factory):
     out = tmp_path_factory.mktemp('predict') / 'made' / 'out'
     done = subprocess.run(
         [sys.executable, '-m', 'effdet_jax.predict', f'--workdir={finished_run[0]}', f'--out={out}', str(images)],
-        cwd=ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return SimpleNamespace(code=done.returncode, out=done.stdout, error=done.stderr, folder=out)
 
@@ -83,7 +83,7 @@ def test_the_results_are_coco_results(run):
         x, y, w, h = result['bbox']
         assert min(x, y, w, h) >= 0
         assert x + w <= width + 0.02
-        assert y + h <= height * (1 if height > 4 else 6)  # four pixels in 1500 become one, which is more than its share
+        assert y + h <= height + 0.02
         assert result['category_id'] in (1, 2, 3, 4, 5)
         assert 0 < result['score'] <= 1
 
@@ -124,7 +124,8 @@ def test_two_images_of_one_name_are_refused(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('name', 'image_id'), [('000000397133.jpg', 397133), ('val/12.png', 12), ('IMG_12.jpg', 'IMG_12.jpg'), ('a/b.png', 'a/b.png')]
+    ('name', 'image_id'),
+    [('000000397133.jpg', 397133), ('val/12.png', 12), ('IMG_12.jpg', 'IMG_12.jpg'), ('a/b.png', 'a/b.png')],
 )
 def test_image_ids(name, image_id):
     assert predict.image_id(name) == image_id

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from effdet_jax import config as run_config
-from effdet_jax import train
+from effdet_jax import data, train
 from effdet_jax.data.shapes import CLASS_NAMES
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model
@@ -115,8 +115,22 @@ def test_every_step_is_in_the_metrics_and_every_evaluation(finished_run):
         assert 0 <= row['train/waiting_for_data'] < 1
     evaluations = [row for row in rows if 'eval/AP' in row]
     assert [row['step'] for row in evaluations] == [4, 8]
-    assert {'step', 'eval/AP', 'eval/AP50', 'eval/AP75', 'eval/AR100', 'eval/VOC_AP50', 'eval/AP/star'} <= evaluations[0].keys()
+    assert {'step', 'eval/AP', 'eval/AP50', 'eval/AP75', 'eval/AR100', 'eval/VOC_AP50', 'eval/AP/star'} <= evaluations[
+        0
+    ].keys()
     np.testing.assert_equal({f'eval/{name}': value for name, value in numbers.items()} | {'step': 8}, evaluations[1])
+
+
+def test_the_boxes_that_did_not_fit_are_counted(finished_run):
+    c = tiny.config()
+    batches = data.train_batches(
+        data.open_source('shapes', c.dataset.train_split), image_size=c.image.size, batch_size=c.train.batch_size,
+        max_boxes=c.dataset.max_boxes, scale_range=c.augment.scale, seed=c.seed, threads=0,
+    )  # fmt: skip
+    dropped = [int(batch['dropped'].sum()) for batch, _ in zip(batches, range(tiny.STEPS), strict=False)]
+    rows = [row for row in read_metrics(finished_run[0] / 'metrics.jsonl') if 'train/loss' in row]
+    assert [row['train/boxes_left_out'] for row in rows] == dropped
+    assert sum(dropped) > 0
 
 
 def test_loss_is_the_sum_of_its_parts(finished_run):

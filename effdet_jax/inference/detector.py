@@ -83,6 +83,9 @@ class Detector:
         boxes_xyxy, scores, labels = (x[0] for x in to_original(found, np.asarray([image_scale], np.float32)))
         kept = labels >= 0
         names = tuple(self.class_names[label] for label in labels[kept])
+        # Of a very long image one row of network pixels is left, which reaches further than the image does.
+        height, width, _ = image.shape
+        boxes_xyxy = np.minimum(boxes_xyxy, np.float32([width, height, width, height]))
         return Detections(boxes_xyxy[kept], scores[kept], labels[kept], names)
 
 

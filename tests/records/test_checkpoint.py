@@ -109,7 +109,9 @@ def test_the_state_of_another_model_is_refused(tmp_path, wanted):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 3)
     checkpoints.close()
-    with pytest.raises(UserError, match=r'checkpoints/3 does not hold the state of this model .*choose another --workdir'):
+    with pytest.raises(
+        UserError, match=r'checkpoints/3 does not hold the state of this model .*choose another --workdir'
+    ):
         Checkpoints(tmp_path).restore(3, wanted)
 
 

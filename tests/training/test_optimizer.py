@@ -69,7 +69,9 @@ def assert_close(a, b):
 
 def of_backbone(tree):
     """The leaves of a tree, an optimiser state for example, that belong to the backbone's parameters."""
-    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if 'backbone' in jax.tree_util.keystr(path)]
+    return [
+        leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if 'backbone' in jax.tree_util.keystr(path)
+    ]
 
 
 # The schedule.
@@ -131,9 +133,7 @@ def test_unknown_names_and_bad_patterns_are_refused(key, value, message):
 
 def test_sgd_by_hand():
     velocity, params = jax.tree.map(np.zeros_like, PARAMS), jax.tree.map(np.asarray, PARAMS)
-    for gradient, (computed, _) in zip(
-        GRADIENTS, descend_with(recipe(**{'optimizer.momentum': 0.9}))[1:], strict=True
-    ):
+    for gradient, (computed, _) in zip(GRADIENTS, descend_with(recipe(**{'optimizer.momentum': 0.9}))[1:], strict=True):
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
         params = jax.tree.map(lambda w, v: w - RATE * v, params, velocity)
         assert_close(computed, params)
@@ -179,9 +179,7 @@ def test_clipping_has_two_stages(scales):
 
 def test_l2_counts_in_the_norm_that_is_clipped():
     c = recipe(**{'optimizer.clip_norm': 3.0, 'loss.l2': 5.0})
-    with_l2 = jax.tree.map(
-        lambda g, w, kernel: g + 5.0 * w * kernel, GRADIENTS[0], PARAMS, op.is_kernel(PARAMS)
-    )
+    with_l2 = jax.tree.map(lambda g, w, kernel: g + 5.0 * w * kernel, GRADIENTS[0], PARAMS, op.is_kernel(PARAMS))
     expected = jax.tree.map(lambda w, g: w - RATE * g, PARAMS, clipped(with_l2, 3.0))
     assert_close(descend_with(c, gradients=GRADIENTS[:1])[-1][0], expected)
 
@@ -262,7 +260,14 @@ def test_the_step_at_which_everything_is_trained(freeze, epoch, step):
 
 @pytest.mark.parametrize(
     ('pattern', 'matches'),
-    [('backbone', True), ('(fpn|backbone)', True), ('.*kernel', True), ('stem', False), ('backbone/stem$', False), ('', False)],
+    [
+        ('backbone', True),
+        ('(fpn|backbone)', True),
+        ('.*kernel', True),
+        ('stem', False),
+        ('backbone/stem$', False),
+        ('', False),
+    ],
 )
 def test_a_pattern_matches_from_the_start_of_a_path(pattern, matches):
     assert op.path_matches(pattern, ('backbone', 'stem', 'conv', 'kernel')) is matches

@@ -23,7 +23,7 @@ def test_the_average_in_closed_form(decay):
 
 
 def test_the_ramp_forgets_the_random_start():
-    """After t steps the start weighs t! 9! / (9 + t)!: a billionth after forty, where 0.998 alone would leave it 92%."""
+    """After t steps the start weighs t! 9! / (9 + t)!: a billionth after forty. With 0.998 alone it weighs 92%."""
     average = {'w': jnp.ones(())}
     for t in range(40):
         average = st.moving_average(average, {'w': jnp.zeros(())}, 0.998, jnp.int32(t))

@@ -86,7 +86,10 @@ def huber(error):
 def composed(params, batch_stats, batch, normalizer, train=True):
     """(loss without L2, (class loss, box loss, batch statistics)) put together here."""
     outputs, updates = MODEL.apply(
-        {'params': params, 'batch_stats': batch_stats}, normalized(batch, recipe()), train=train, mutable=['batch_stats']
+        {'params': params, 'batch_stats': batch_stats},
+        normalized(batch, recipe()),
+        train=train,
+        mutable=['batch_stats'],
     )
     classes_BN, regressions_BN4, _ = targets_of(batch)
     class_loss = focal(outputs.class_logits, jax.nn.one_hot(classes_BN, NUM_CLASSES)).sum() / normalizer
@@ -103,7 +106,11 @@ def assert_same(a, b):
 
 
 def moved(before, after):
-    return [path for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(jnp.subtract, after, before)) if np.any(leaf)]
+    return [
+        path
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(jnp.subtract, after, before))
+        if np.any(leaf)
+    ]
 
 
 def test_loss_and_metrics_are_those_of_the_definition(plain):
@@ -167,7 +174,9 @@ def test_an_iou_loss_is_added_with_its_weight(plain, kind):
 
 
 def test_an_unknown_iou_loss_is_refused():
-    with pytest.raises(UserError, match=r"config\.loss\.iou_kind='eiou' is unknown: choose one of iou, giou, diou, ciou"):
+    with pytest.raises(
+        UserError, match=r"config\.loss\.iou_kind='eiou' is unknown: choose one of iou, giou, diou, ciou"
+    ):
         make(recipe(**{'loss.iou_kind': 'eiou'}))
 
 
@@ -186,7 +195,7 @@ def flipped(batch, which):
 
 
 def test_each_image_is_flipped_or_not_by_seed_and_step(plain):
-    """The loss is that of one of the 16 ways to flip four images; which one depends on the seed and on the step alone."""
+    """The loss is that of one of the 16 ways to flip four images; seed and step alone say of which."""
     _, step = make(recipe())
     state = plain[0]
     ways = [way for n in range(5) for way in itertools.combinations(range(4), n)]
@@ -233,7 +242,9 @@ def test_frozen_batch_norm_uses_its_stored_statistics():
     params, batch_stats = state.variables['params'], state.variables['batch_stats']
     normalizer = targets_of(BATCH)[2] + 1
     loss, (class_loss, box_loss, _) = composed(params, batch_stats, BATCH, normalizer, train=False)
-    assert_close({name: metrics[name] for name in ('class_loss', 'box_loss')}, {'class_loss': class_loss, 'box_loss': box_loss})
+    assert_close(
+        {name: metrics[name] for name in ('class_loss', 'box_loss')}, {'class_loss': class_loss, 'box_loss': box_loss}
+    )
     assert_close(metrics['loss'], loss + metrics['l2_loss'])
     assert_same(after.variables['batch_stats'], batch_stats)
 

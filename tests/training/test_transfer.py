@@ -49,7 +49,10 @@ def test_every_parameter_is_counted_once():
 @pytest.mark.parametrize(
     ('source', 'names'),
     [
-        (variables(1, channels=8), r'batch_stats/backbone/bn/mean, params/backbone/conv/kernel, params/class_net/conv_0'),
+        (
+            variables(1, channels=8),
+            r'batch_stats/backbone/bn/mean, params/backbone/conv/kernel, params/class_net/conv_0',
+        ),
         ({'params': variables(1)['params'], 'batch_stats': {}}, r'1 arrays differ .* batch_stats/backbone/bn/mean;'),
         (variables(1) | {'batch_stats': {'backbone': {'bn': {'mean': np.zeros(4), 'var': np.zeros(4)}}}}, r'bn/var'),
     ],
