@@ -85,7 +85,7 @@ class Detector:
         names = tuple(self.class_names[label] for label in labels[kept])
         # Of a very long image one row of network pixels is left, which reaches further than the image does.
         height, width, _ = image.shape
-        boxes_xyxy = np.minimum(boxes_xyxy, np.float32([width, height, width, height]))
+        boxes_xyxy = np.minimum(boxes_xyxy, np.array([width, height, width, height], np.float32))
         return Detections(boxes_xyxy[kept], scores[kept], labels[kept], names)
 
 
