@@ -16,7 +16,7 @@ def config():
     c = quickstart.get_config()
     c.image.size = (64, 64)
     c.model.update(channels=16, cells=1, head_layers=1, max_level=6, stochastic_depth=0.2)
-    c.dataset.update(train_split='0:16', eval_split='1000000:1000006', max_boxes=4)
+    c.dataset.update(train_split='0:16', eval_split='1000000:1000006', max_boxes=2)
     c.train.update(epochs=2.0, batch_size=4, freeze='backbone', unfreeze_epoch=1.0)
     c.optimizer.update(name='sgd', weight_decay=0.0)
     c.schedule.update(learning_rate=0.05, warmup_start=0.01, warmup_epochs=0.5)

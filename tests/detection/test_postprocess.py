@@ -20,7 +20,7 @@ def run(logits, regressions, anchors, valid_size, **options):
 
 
 def reference(logits, regressions, anchors, valid_size, per_class, max_candidates, **options):
-    """Spec 10, candidate by candidate."""
+    """Spec 10, candidate by candidate; what lies in the padding is out before suppression, so no gap is left."""
     pairs = [(a, c) for a in range(len(logits)) for c in range(logits.shape[1])]
     if not per_class:
         pairs = [(a, int(logits[a].argmax())) for a in range(len(logits))]
@@ -32,14 +32,19 @@ def reference(logits, regressions, anchors, valid_size, per_class, max_candidate
         h, w = (y2 - y1) * np.exp(th), (x2 - x1) * np.exp(tw)
         y, x = (y1 + y2) / 2 + ty * (y2 - y1), (x1 + x2) / 2 + tx * (x2 - x1)
         boxes.append((y - h / 2, x - w / 2, y + h / 2, x + w / 2))
-    scores = [1 / (1 + np.exp(-np.float64(logits[pair]))) for pair in pairs]
-    kept = slow_nms(boxes, scores, [c if per_class else 0 for _, c in pairs], **options)
-    rows = []
-    for index, score in zip(*kept, strict=True):
-        box = np.clip(boxes[index], 0, np.tile(valid_size, 2))
-        visible = index >= 0 and (box[2:] > box[:2]).all()
-        rows.append((box, score, pairs[index][1]) if visible else (np.zeros(4), 0.0, -1))
-    return rows
+    cut = np.clip(boxes, 0, np.tile(valid_size, 2))
+    visible = (cut[:, 2:] > cut[:, :2]).all(axis=1)
+    scores = [v / (1 + np.exp(-np.float64(logits[pair]))) for v, pair in zip(visible, pairs, strict=True)]
+    indices, scores = slow_nms(boxes, scores, [c if per_class else 0 for _, c in pairs], **options)
+    return [
+        (cut[index], score, pairs[index][1]) if index >= 0 else (np.zeros(4), 0.0, -1)
+        for index, score in zip(indices, scores, strict=True)
+    ]
+
+
+def test_a_box_too_large_for_float32_takes_nothing_along():
+    found = by_hand([[4.0], [3.0], [2.0]], [[-3e38, -3e38, 3e38, 3e38], [0, 0, 9, 9], [10, 0, 19, 9]], kind='gaussian')
+    np.testing.assert_array_equal(found.labels, [0, 0, -1, -1])
 
 
 @pytest.fixture(scope='module')
