@@ -49,7 +49,7 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 stochastic_depth=scale.stochastic_depth,  # rate of the last block; it grows linearly from 0
                 anchors=dict(scale=scale.anchor_scale, octaves=3, aspect_ratios=(1.0, 2.0, 0.5)),
                 dtype='float32',  # of the computation; bfloat16 on TPU and GPU
-                remat=False,  # recompute activations in the backward pass: less memory, a third more time
+                remat=False,  # recompute activations in the backward pass: less memory, more time
             ),
             dataset=dict(
                 **DATASETS[dataset],
