@@ -4,6 +4,7 @@ Nothing a file contains is executed: PyTorch's pickles are read with `weights_on
 links and absolute paths. TensorFlow and PyTorch are imported only by the reader that needs them.
 """
 
+import argparse
 import contextlib
 import importlib
 import pickle
@@ -77,7 +78,9 @@ def _read_safetensors(source: Path) -> Arrays:
 def _read_torch(source: Path) -> Arrays:
     torch = _needed('torch', 'requirements-torch.txt', f'{source} is a PyTorch file')
     try:
-        content = torch.load(source, map_location='cpu', weights_only=True)
+        # effdet's own training saves its command line beside the weights: names and values, no behaviour.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(source, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = next((line for line in str(error).splitlines() if 'GLOBAL' in line), str(error).splitlines()[0])
         raise UserError(
