@@ -49,11 +49,11 @@ def import_weights(
     Raises:
       UserError: where the file does not fit the model, naming every culprit; or anything is not readable.
     """
+    patterns = [_compile(pattern) for pattern in allow]
     if has_checkpoints(workdir):
         raise UserError(f'{workdir} holds checkpoints already: choose another --workdir')
     found = families.recognise(readers.read(source))
-    size = families.size_of(found)
-    say(f'{source}: {found.family}, {size if found.whole else f"{size.blocks} blocks, a backbone alone"}')
+    say(f'{source}: {found.family}, {families.size_of(found)}')
     preset = preset if preset != 'auto' else choose_preset(found, config, source.name)
     config.update_from_flattened_dict(PRESETS[preset])
     if found.whole:
@@ -66,7 +66,7 @@ def import_weights(
         if found.whole or path[1] == 'backbone'
     }
     matched = names.match(found.arrays, shapes, config.model.backbone, found.scheme)
-    allowed, refused = _judge(_problems(matched), allow)
+    allowed, refused = _judge(_problems(matched), patterns)
     if refused:
         _refuse(refused, source, config, found)
     flat = dict(matched.arrays)
@@ -77,13 +77,16 @@ def import_weights(
     _say_what_was_loaded(shapes, matched, found, allowed, preset)
     certified = [] if reference is None else certify(model, variables, reference)
 
-    run_config.save(config, workdir)
-    _write_json(workdir / 'import.json', _account(source, preset, matched, found, allowed))
-    if certified:
-        _write_json(workdir / 'certificate.json', [row._asdict() for row in certified])
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(0, {'variables': variables}, {}, run_config.to_json(config))
-    checkpoints.close()
+    try:
+        run_config.save(config, workdir)
+        _write_json(workdir / 'import.json', _account(source, preset, matched, found, allowed))
+        if certified:
+            _write_json(workdir / 'certificate.json', [row._asdict() for row in certified])
+        checkpoints = Checkpoints(workdir)
+        checkpoints.save(0, {'variables': variables}, {}, run_config.to_json(config))
+        checkpoints.close()
+    except OSError as error:
+        raise UserError(f'{workdir} cannot be written ({error.strerror or error}): choose another --workdir') from error
     _say_what_next(workdir, found.whole)
 
 
@@ -145,12 +148,19 @@ def _problems(matched: names.Match) -> Iterator[tuple[Problem, names.Path | None
         yield ('spare', name, 'the model has no place for it'), None
 
 
-def _judge(problems: Any, allow: Sequence[str]) -> tuple[list[Problem], list[Problem]]:
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f'--allow={pattern} is no regex ({error}): escape what is special, as in \\(') from error
+
+
+def _judge(problems: Any, allow: Sequence[re.Pattern[str]]) -> tuple[list[Problem], list[Problem]]:
     """(allowed, refused): a regex may match the name, or what is said of it, which names theirs."""
     verdicts: tuple[list[Problem], list[Problem]] = ([], [])
     for problem, _ in problems:
         _, name, what = problem
-        verdicts[not any(re.search(pattern, f'{name} {what}') for pattern in allow)].append(problem)
+        verdicts[not any(pattern.search(f'{name} {what}') for pattern in allow)].append(problem)
     return verdicts
 
 
@@ -167,10 +177,15 @@ def _refuse(refused: list[Problem], source: FilePath, config: Any, found: famili
 
 def _advice(refused: list[Problem], config: Any, found: families.Recognised) -> str:
     """What such a mismatch usually means, and the way out."""
-    theirs, ours = families.size_of(found), _size(config)
-    if found.whole and theirs != ours:
-        members = [name for name in SCALES if _size_of_member(name) == theirs]
-        fitting = f'give --config=configs/{members[0]}.py' if members else 'no member of the family is of that size'
+    m = config.model
+    theirs, ours = families.size_of(found), _size(m.backbone, m.cells, m.channels, m.head_layers, found.whole)
+    if theirs != ours:
+        members = [
+            f'--config=configs/{name}.py'
+            for name, s in SCALES.items()
+            if _size(s.backbone, s.cells, s.channels, s.head_layers, found.whole) == theirs
+        ]
+        fitting = f'give {" or ".join(members)}' if members else 'no member of the family is of that size'
         return f'The file is of another model: {theirs}, and the config says {ours}: {fitting}'
     in_file, classes = families.num_classes(found, _num_anchors(config)), len(config.dataset.class_names)
     if found.whole and in_file != classes:
@@ -183,16 +198,10 @@ def _advice(refused: list[Problem], config: Any, found: families.Recognised) -> 
     return 'Take the right config or file; to accept single tensors as they are, name them in --allow=REGEX'
 
 
-def _size(config: Any) -> families.Size:
-    m = config.model
-    blocks = len(efficientnet.block_table(efficientnet.VARIANTS[m.backbone]))
-    return families.Size(blocks, m.cells, m.channels, m.head_layers)
-
-
-def _size_of_member(name: str) -> families.Size:
-    scale = SCALES[name]
-    blocks = len(efficientnet.block_table(efficientnet.VARIANTS[scale.backbone]))
-    return families.Size(blocks, scale.cells, scale.channels, scale.head_layers)
+def _size(backbone: str, cells: int, channels: int, head_layers: int, whole: bool) -> families.Size:
+    variant = efficientnet.VARIANTS[backbone]
+    blocks = len(efficientnet.block_table(variant))
+    return families.Size(blocks, not variant.lite, *((cells, channels, head_layers) if whole else (0, 0, 0)))
 
 
 def _num_anchors(config: Any) -> int:

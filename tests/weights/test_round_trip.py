@@ -104,8 +104,9 @@ def test_detectors(form, name, ours, tmp_path):
     assert_same(arrays, written)
     assert (found.family, found.whole) == ('effdet' if implementation == 'effdet' else 'official', True)
     assert families.num_classes(found, 9) == member.classes
-    blocks = sum(writers.BACKBONES[member.backbone].repeats)
-    assert families.size_of(found) == (blocks, member.cells, member.channels, member.head_layers)
+    _, _, repeats, squeeze = writers.BACKBONES[member.backbone]
+    size = sum(repeats), squeeze, member.cells, member.channels, member.head_layers
+    assert families.size_of(found) == size
 
 
 @pytest.mark.parametrize('write', [containers.bfloat16, containers.bfloat16_safe])
@@ -173,4 +174,5 @@ def test_backbones_alone(form, name, ours, tmp_path):
     arrays, found = read(source, shapes, member)
     assert_same(arrays, written)
     assert (found.family, found.whole) == (family, False)
+    assert families.size_of(found) == (16, name == 'swish', 0, 0, 0)
     assert "ImageNet's classifier" in found.unused.values()
