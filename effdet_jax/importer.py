@@ -1,6 +1,7 @@
 """A checkpoint of another implementation -> a work directory that evaluates, detects and can be started from."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -129,7 +130,7 @@ def certify(model: Any, variables: Any, reference: FilePath) -> list[certificate
         for row in rows
     ]
     say('\n' + table(('output', 'shape', 'largest value', 'largest difference', 'relative'), shown))
-    worst = max(rows, key=lambda row: row.relative)
+    worst = max(rows, key=lambda row: math.inf if math.isnan(row.relative) else row.relative)
     if not worst.relative <= certificate.TOLERANCE:
         raise UserError(
             f'{worst.name} differs from {reference} by {worst.relative:.1e} of its largest value, allowed are '
