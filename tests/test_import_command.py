@@ -77,27 +77,17 @@ def test_it_predicts(workdir, tmp_path):
         assert 0 <= x <= x + width <= 96.01 and 0 <= y <= y + height <= 96.01
 
 
-def test_it_is_not_trained_over(workdir):
-    before = (workdir / 'config.json').read_bytes()
-    code, _, error = start('main', f'--workdir={workdir}')
-    assert code == 1
-    assert error.startswith('error: ') and error.count('\n') == 1
-    assert f'--config.train.init_from={workdir}' in error
-    assert (workdir / 'config.json').read_bytes() == before
-
-
 @pytest.mark.parametrize(
-    ('arguments', 'code', 'message'),
+    ('arguments', 'message'),
     [
-        (('--config=configs/d0.py', '--workdir=W'), 2, '--source missing'),
-        (('--config=configs/d0.py', '--source=x.h5', '--workdir=W', '--preset=offical'), 2, 'offical'),
-        (('--config=configs/d0.py', '--source=x.h5', '--workdir=W', 'x.h5'), 2, 'unexpected x.h5'),
-        (('--config=configs/d0.py', '--source=x.h5', '--workdir=W'), 1, 'x.h5: no such file'),
+        (('--config=configs/d0.py', '--workdir=W'), '--source missing'),
+        (('--config=configs/d0.py', '--source=x.h5', '--workdir=W', '--preset=offical'), 'offical'),
+        (('--config=configs/d0.py', '--source=x.h5', '--workdir=W', 'x.h5'), 'unexpected x.h5'),
     ],
 )
-def test_bad_usage(arguments, code, message):
-    returned, _, error = start('import_weights', *arguments)
-    assert returned == code
+def test_bad_usage(arguments, message):
+    code, _, error = start('import_weights', *arguments)
+    assert code == 2
     assert message in error
     assert error.startswith('error: ') and error.count('\n') == 1
     assert not (ROOT / 'W').exists()
