@@ -1,16 +1,17 @@
 """A checkpoint of another implementation -> a work directory that evaluates, detects and can be started from."""
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
-from configs import coco
+from configs import coco, default
 from configs.presets import PRESETS
 from configs.scaling import SCALES
 from effdet_jax import config as run_config
@@ -49,41 +50,49 @@ def import_weights(
     Raises:
       UserError: where the file does not fit the model, naming every culprit; or anything is not readable.
     """
+    patterns = [_compile(pattern) for pattern in allow]
     if has_checkpoints(workdir):
         raise UserError(f'{workdir} holds checkpoints already: choose another --workdir')
     found = families.recognise(readers.read(source))
-    size = families.size_of(found)
-    say(f'{source}: {found.family}, {size if found.whole else f"{size.blocks} blocks, a backbone alone"}')
+    say(f'{source}: {found.family}, {families.size_of(found)}')
     preset = preset if preset != 'auto' else choose_preset(found, config, source.name)
-    config.update_from_flattened_dict(PRESETS[preset])
-    if found.whole:
-        name_classes(config, families.num_classes(found, _num_anchors(config)))
+    settings = apply_preset(config, preset)
+    name_classes(config, found)
+    in_file = families.num_classes(found, _num_anchors(config))
 
-    model = build_model(config.model, max(len(config.dataset.class_names), 1))
-    shapes = {
+    model = build_model(config.model, len(config.dataset.class_names) or max(in_file, 1))
+    wanted = {
         path: shape
         for path, shape in traverse_util.flatten_dict(names.shapes_of(model)).items()
         if found.whole or path[1] == 'backbone'
     }
-    matched = names.match(found.arrays, shapes, config.model.backbone, found.scheme)
-    allowed, refused = _judge(_problems(matched), allow)
+    matched = names.match(found.arrays, wanted, config.model.backbone, found.scheme)
+    allowed, refused = _judge(_problems(matched), patterns)
     if refused:
         _refuse(refused, source, config, found)
+    if found.whole and not config.dataset.class_names:
+        raise UserError(
+            f"{source} has {in_file} classes and no names for them: add --config.dataset.class_names=\"('a', 'b')\""
+        )
     flat = dict(matched.arrays)
-    if new := shapes.keys() - flat.keys():
+    if new := wanted.keys() - flat.keys():
         fresh = traverse_util.flatten_dict(init_variables(model, config.seed))
         flat |= {path: np.asarray(fresh[path]) for path in new}
     variables = traverse_util.unflatten_dict(flat)
-    _say_what_was_loaded(shapes, matched, found, allowed, preset)
+    _say_what_was_loaded(wanted, matched, found, allowed)
+    say(f'preset {preset}: {", ".join(f"{key}={value}" for key, value in settings.items()) or "nothing to set"}')
     certified = [] if reference is None else certify(model, variables, reference)
 
-    run_config.save(config, workdir)
-    _write_json(workdir / 'import.json', _account(source, preset, matched, found, allowed))
-    if certified:
-        _write_json(workdir / 'certificate.json', [row._asdict() for row in certified])
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(0, {'variables': variables}, {}, run_config.to_json(config))
-    checkpoints.close()
+    try:
+        run_config.save(config, workdir)
+        _write_json(workdir / 'import.json', _account(source, preset, matched, found, allowed))
+        if certified:
+            _write_json(workdir / 'certificate.json', [row._asdict() for row in certified])
+        checkpoints = Checkpoints(workdir)
+        checkpoints.save(0, {'variables': variables}, {}, run_config.to_json(config))
+        checkpoints.close()
+    except OSError as error:
+        raise UserError(f'{workdir} cannot be written ({error.strerror or error}): choose another --workdir') from error
     _say_what_next(workdir, found.whole)
 
 
@@ -96,20 +105,25 @@ def choose_preset(found: families.Recognised, config: Any, file_name: str) -> st
     return special if special in PRESETS else family
 
 
-def name_classes(config: Any, in_file: int) -> None:
-    """Fills in class names and category ids: the config's, else COCO's where the file has 90 classes.
+def apply_preset(config: Any, preset: str) -> dict[str, Any]:
+    """Sets what the preset says, and returns it. A key that the user has given another value than usual stays."""
+    lite = efficientnet.VARIANTS[config.model.backbone].lite
+    usual = dict(run_config.flatten(default.get_config('lite0' if lite else 'd0').to_dict()))
+    given = dict(run_config.flatten(config.to_dict()))
+    kept = {key: given[key] for key in PRESETS[preset] if given[key] not in (usual[key], PRESETS[preset][key])}
+    for key, value in kept.items():
+        say(f'note: {key}={value} is kept, where the preset {preset} has {PRESETS[preset][key]}')
+    settings = {key: value for key, value in PRESETS[preset].items() if key not in kept}
+    config.update_from_flattened_dict(settings)
+    return settings
 
-    Raises:
-      UserError: where nobody says what the classes are.
-    """
+
+def name_classes(config: Any, found: families.Recognised) -> None:
+    """Fills in class names and category ids where nobody has: COCO's, where the file has 90 classes."""
     d = config.dataset
     with config.unlocked():
-        if not d.class_names and in_file == len(coco.CLASS_NAMES):
+        if not d.class_names and families.num_classes(found, _num_anchors(config)) == len(coco.CLASS_NAMES):
             d.class_names, d.category_ids = coco.CLASS_NAMES, coco.CATEGORY_IDS
-        if not d.class_names:
-            raise UserError(
-                f"the file has {in_file} classes and no names for them: add --config.dataset.class_names=\"('a', 'b')\""
-            )
         d.category_ids = tuple(d.category_ids) or tuple(range(1, len(d.class_names) + 1))
 
 
@@ -126,7 +140,7 @@ def certify(model: Any, variables: Any, reference: FilePath) -> list[certificate
         for row in rows
     ]
     say('\n' + table(('output', 'shape', 'largest value', 'largest difference', 'relative'), shown))
-    worst = max(rows, key=lambda row: row.relative)
+    worst = max(rows, key=lambda row: math.inf if math.isnan(row.relative) else row.relative)
     if not worst.relative <= certificate.TOLERANCE:
         raise UserError(
             f'{worst.name} differs from {reference} by {worst.relative:.1e} of its largest value, allowed are '
@@ -136,21 +150,28 @@ def certify(model: Any, variables: Any, reference: FilePath) -> list[certificate
     return rows
 
 
-def _problems(matched: names.Match) -> Iterator[tuple[Problem, names.Path | None]]:
+def _problems(matched: names.Match) -> Iterator[Problem]:
     for path, name in matched.missing.items():
-        yield ('missing', '/'.join(path[1:]), f'the file has no {name}'), path
+        yield 'missing', '/'.join(path[1:]), f'the file has no {name}'
     for path, what in matched.misshapen.items():
-        yield ('unfit', '/'.join(path[1:]), what), path
+        yield 'unfit', '/'.join(path[1:]), what
     for name in matched.spare:
-        yield ('spare', name, 'the model has no place for it'), None
+        yield 'spare', name, 'the model has no place for it'
 
 
-def _judge(problems: Any, allow: Sequence[str]) -> tuple[list[Problem], list[Problem]]:
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f'--allow={pattern} is no regex ({error}): escape what is special, as in \\(') from error
+
+
+def _judge(problems: Iterable[Problem], allow: Sequence[re.Pattern[str]]) -> tuple[list[Problem], list[Problem]]:
     """(allowed, refused): a regex may match the name, or what is said of it, which names theirs."""
     verdicts: tuple[list[Problem], list[Problem]] = ([], [])
-    for problem, _ in problems:
+    for problem in problems:
         _, name, what = problem
-        verdicts[not any(re.search(pattern, f'{name} {what}') for pattern in allow)].append(problem)
+        verdicts[not any(pattern.search(f'{name} {what}') for pattern in allow)].append(problem)
     return verdicts
 
 
@@ -167,13 +188,18 @@ def _refuse(refused: list[Problem], source: FilePath, config: Any, found: famili
 
 def _advice(refused: list[Problem], config: Any, found: families.Recognised) -> str:
     """What such a mismatch usually means, and the way out."""
-    theirs, ours = families.size_of(found), _size(config)
-    if found.whole and theirs != ours:
-        members = [name for name in SCALES if _size_of_member(name) == theirs]
-        fitting = f'give --config=configs/{members[0]}.py' if members else 'no member of the family is of that size'
+    m = config.model
+    theirs, ours = families.size_of(found), _size(m.backbone, m.cells, m.channels, m.head_layers, found.whole)
+    if theirs != ours:
+        members = [
+            f'--config=configs/{name}.py'
+            for name, s in SCALES.items()
+            if _size(s.backbone, s.cells, s.channels, s.head_layers, found.whole) == theirs
+        ]
+        fitting = f'give {" or ".join(members)}' if members else 'no member of the family is of that size'
         return f'The file is of another model: {theirs}, and the config says {ours}: {fitting}'
     in_file, classes = families.num_classes(found, _num_anchors(config)), len(config.dataset.class_names)
-    if found.whole and in_file != classes:
+    if classes and in_file not in (0, classes):
         return f'It has {in_file} classes, the config {classes}: for a new predictor add --allow=class_net/predict'
     if all(kind == 'missing' and name.endswith('bias') for kind, name, _ in refused):
         return (
@@ -183,25 +209,17 @@ def _advice(refused: list[Problem], config: Any, found: families.Recognised) -> 
     return 'Take the right config or file; to accept single tensors as they are, name them in --allow=REGEX'
 
 
-def _size(config: Any) -> families.Size:
-    m = config.model
-    blocks = len(efficientnet.block_table(efficientnet.VARIANTS[m.backbone]))
-    return families.Size(blocks, m.cells, m.channels, m.head_layers)
-
-
-def _size_of_member(name: str) -> families.Size:
-    scale = SCALES[name]
-    blocks = len(efficientnet.block_table(efficientnet.VARIANTS[scale.backbone]))
-    return families.Size(blocks, scale.cells, scale.channels, scale.head_layers)
+def _size(backbone: str, cells: int, channels: int, head_layers: int, whole: bool) -> families.Size:
+    variant = efficientnet.VARIANTS[backbone]
+    blocks = len(efficientnet.block_table(variant))
+    return families.Size(blocks, not variant.lite, *((cells, channels, head_layers) if whole else (0, 0, 0)))
 
 
 def _num_anchors(config: Any) -> int:
     return config.model.anchors.octaves * len(config.model.anchors.aspect_ratios)
 
 
-def _say_what_was_loaded(
-    shapes: Any, matched: names.Match, found: families.Recognised, allowed: list[Problem], preset: str
-) -> None:
+def _say_what_was_loaded(shapes: Any, matched: names.Match, found: families.Recognised, allowed: list[Problem]) -> None:
     rows = []
     for part in dict.fromkeys(path[1] for path in shapes):
         loaded = [path for path in matched.arrays if path[1] == part]
@@ -213,8 +231,6 @@ def _say_what_was_loaded(
         say(f'allowed: {count} {kind}')
     for why, count in Counter(found.unused.values()).items():
         say(f'not used: {count} tensors, {why}')
-    settings = ', '.join(f'{key}={value}' for key, value in PRESETS[preset].items())
-    say(f'preset {preset}: {settings or "nothing to set"}')
     if found.family == 'timm':
         say('note: tf_efficientnet_* of timm compute the same here; those without tf_ pad differently: a start only')
 

@@ -1,8 +1,11 @@
 """The goldens: what the official implementation (google/automl @ 6a54c874, TensorFlow 2.15, float32) computes.
 
 All boxes are yxyx pixels. The networks come without weights: those follow from a variable's name by the rule below.
+effdet_keys.json.gz holds {model: {key: shape}} of the state_dict of effdet 0.4.1's models (timm 1.0.31, torch 2.13).
 """
 
+import gzip
+import json
 import zlib
 from pathlib import Path
 
@@ -15,6 +18,11 @@ def load(name):
     """{key: array} of goldens/NAME.npz."""
     with np.load(FOLDER / f'{name}.npz') as file:
         return dict(file)
+
+
+def effdet_keys():
+    """{'tf_efficientdet_d0': {key: shape}, ...}"""
+    return json.loads(gzip.decompress((FOLDER / 'effdet_keys.json.gz').read_bytes()))
 
 
 def official_arrays(variables):

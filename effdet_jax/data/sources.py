@@ -231,8 +231,9 @@ def _prepared(name: str) -> Any:
         return read_only_builder.builder_from_files(name, data_dir=str(Path(data_dir).expanduser()))
     except ValueError as error:  # not found, or not a name
         raise UserError(
-            f"{name} is not prepared in {data_dir}, run: pip install -r requirements-tfds.txt && python -c 'import "
-            f'tensorflow_datasets as tfds; tfds.builder("{name}", file_format="array_record").download_and_prepare()\''
+            f'{name} is not prepared in {data_dir}, run: pip install -r requirements-tensorflow.txt && python -c '
+            f"'import tensorflow_datasets as tfds; "
+            f'tfds.builder("{name}", file_format="array_record").download_and_prepare()\''
         ) from error
 
 
@@ -250,7 +251,7 @@ def _tfds_records(builder: Any, name: str, split: str) -> Sequence[dict[str, Any
     except NotImplementedError as error:
         raise UserError(
             f'{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, which cannot be read at '
-            f'random, run: pip install -r requirements-tfds.txt && tfds convert_format --dataset_version_dir='
+            f'random, run: pip install -r requirements-tensorflow.txt && tfds convert_format --dataset_version_dir='
             f'{builder.data_dir} --out_file_format=array_record'
         ) from error
     except (ValueError, KeyError) as error:

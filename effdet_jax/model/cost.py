@@ -30,9 +30,10 @@ def cost_of_parts(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Co
         _, state = model.apply(variables, images, capture_intermediates=True)
         return state['intermediates']
 
-    calls: dict[Path, Any] = traverse_util.flatten_dict(jax.eval_shape(outputs, variables, images))
+    calls: dict[Path, Any] = dict(traverse_util.flatten_dict(jax.eval_shape(outputs, variables, images)))
     costs: dict[str, Cost] = {}
-    for path, parameter in traverse_util.flatten_dict(variables['params']).items():
+    parameters: dict[Path, Any] = dict(traverse_util.flatten_dict(variables['params']))
+    for path, parameter in parameters.items():
         positions = 0
         if path[-1] == 'kernel':
             maps = calls[*path[:-1], '__call__']  # one for each call: heads are shared by the levels

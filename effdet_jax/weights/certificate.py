@@ -1,5 +1,6 @@
 """Proof that two networks compute the same: our outputs, layer by layer, beside reference outputs."""
 
+import zipfile
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ def read_reference(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     try:
         with np.load(path) as file:
             arrays = dict(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f'{path}: no readable .npz of reference outputs ({error}): give --certify one') from error
     if 'image' in arrays:
         image = arrays['image'].astype(np.float32)

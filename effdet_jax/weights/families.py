@@ -73,12 +73,16 @@ class Size(NamedTuple):
     """What tells the members of the family apart; the file's counts, 0 for what it does not have."""
 
     blocks: int
+    squeezes: bool  # squeeze-excite, which Lite has not
     cells: int
     channels: int
     head_layers: int
 
     def __str__(self) -> str:
-        return f'{self.blocks} blocks, {self.cells} cells of {self.channels} channels, {self.head_layers} head layers'
+        backbone = f'{self.blocks} blocks with{"" if self.squeezes else "out"} squeeze-excite'
+        if not self.channels:
+            return f'{backbone}, a backbone alone'
+        return f'{backbone}, {self.cells} cells of {self.channels} channels, {self.head_layers} head layers'
 
 
 def size_of(found: Recognised) -> Size:
@@ -90,6 +94,7 @@ def size_of(found: Recognised) -> Size:
     _, channels = _predictor(found)
     return Size(
         blocks=distinct(r'blocks[_/.](\d+(?:\.\d+)?)[/.]'),
+        squeezes=any(re.search(r'[/._]se[/._]', name) for name in found.arrays),
         cells=distinct(r'fpn(?:_cells)?[/.]cells?[_/.](\d+)[/.]'),
         channels=channels,
         head_layers=distinct(r'class_net[/.](?:class-|conv_ops/|conv_rep\.)(\d+)[/.]'),

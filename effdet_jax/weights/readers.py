@@ -4,12 +4,15 @@ Nothing a file contains is executed: PyTorch's pickles are read with `weights_on
 links and absolute paths. TensorFlow and PyTorch are imported only by the reader that needs them.
 """
 
+import argparse
 import contextlib
 import importlib
 import pickle
+import re
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from effdet_jax.errors import UserError
 Arrays = dict[str, np.ndarray]
 
 HDF5_MAGIC = b'\x89HDF\r\n\x1a\n'
+GZIP_MAGIC = b'\x1f\x8b'
 FORMATS = 'Keras .h5, TensorFlow checkpoints (prefix, folder or .tar.gz), PyTorch .pth / .pt / .bin, .safetensors'
 
 
@@ -31,19 +35,19 @@ def read(source: Path) -> Arrays:
       UserError: where there is none, it is damaged, of an unknown format, or would run code.
     """
     if checkpoint := _tensorflow_prefix(source):
-        return _read_tensorflow(checkpoint)
+        return _read_tensorflow(checkpoint, source)
     if not source.is_file():
         raise UserError(f'{source}: no such file: --source takes {FORMATS}')
     with source.open('rb') as file:
-        head = file.read(16)
-    if tarfile.is_tarfile(source):
-        return _read_archive(source)
+        head = file.read(512)
     return _reader(source, head)(source)
 
 
 def _reader(source: Path, head: bytes) -> Callable[[Path], Arrays]:
     if head.startswith(HDF5_MAGIC):
         return _read_hdf5
+    if head.startswith(GZIP_MAGIC) or head[257:262] == b'ustar':
+        return _read_archive
     if head[8:9] == b'{':  # after the length of a JSON header
         return _read_safetensors
     if zipfile.is_zipfile(source) or head.startswith((b'\x80', b'PK')):
@@ -77,12 +81,14 @@ def _read_safetensors(source: Path) -> Arrays:
 def _read_torch(source: Path) -> Arrays:
     torch = _needed('torch', 'requirements-torch.txt', f'{source} is a PyTorch file')
     try:
-        content = torch.load(source, map_location='cpu', weights_only=True)
+        # effdet's own training saves its command line beside the weights: names and values, no behaviour.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(source, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        culprit = next((line for line in str(error).splitlines() if 'GLOBAL' in line), str(error).splitlines()[0])
+        culprit = re.search(r'WeightsUnpickler error:\s+(.+?)(?: was not an allowed|$)', str(error), re.MULTILINE)
         raise UserError(
-            f'{source}: holds more than arrays, which would run code when read ({culprit.strip()}): save its '
-            'state_dict alone, torch.save(model.state_dict(), FILE)'
+            f'{source}: holds more than arrays, which could run code when read ({culprit[1] if culprit else error}): '
+            'save its state_dict alone, torch.save(model.state_dict(), FILE)'
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise _damaged(source, error) from error
@@ -99,10 +105,11 @@ def _tensors(content: Any, torch: Any) -> Mapping[str, Any]:
     return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
-def _read_tensorflow(prefix: Path) -> Arrays:
-    tensorflow = _needed('tensorflow', 'requirements-tensorflow.txt', f'{prefix} is a TensorFlow checkpoint')
+def _read_tensorflow(prefix: Path, source: Path) -> Arrays:
+    """`source` is what the user named."""
+    tensorflow = _needed('tensorflow', 'requirements-tensorflow.txt', f'{source} is a TensorFlow checkpoint')
     arrays: Arrays = {}
-    with _damage_reported(prefix, tensorflow.errors.OpError, ValueError):
+    with _damage_reported(source, tensorflow.errors.OpError, ValueError, IndexError, RuntimeError):
         reader = tensorflow.train.load_checkpoint(str(prefix))
         for name, dtype in reader.get_variable_to_dtype_map().items():
             if dtype.is_floating or dtype.is_integer:
@@ -128,9 +135,15 @@ def _tensorflow_prefix(source: Path) -> Path | None:
 def _read_archive(source: Path) -> Arrays:
     """The .tar.gz in which official checkpoints are released."""
     with tempfile.TemporaryDirectory() as folder:
-        with _damage_reported(source, tarfile.TarError, OSError, EOFError), tarfile.open(source) as archive:
+        with _damage_reported(source, tarfile.TarError, OSError, EOFError, zlib.error), tarfile.open(source) as archive:
             archive.extractall(folder, filter='data')
-        return read(Path(folder))
+        prefixes = [path.with_suffix('') for path in Path(folder).rglob('*.index')]
+        if len(prefixes) != 1:
+            raise UserError(
+                f'{source}: damaged, or an archive with {len(prefixes)} TensorFlow checkpoints (*.index), needed is '
+                'one: unpack it and name one'
+            )
+        return _read_tensorflow(prefixes[0], source)
 
 
 def _needed(module: str, requirements: str, why: str) -> Any:
