@@ -85,11 +85,11 @@ def test_two_hosts_count_every_image_once_between_them(source, config, detect, m
     parts = []
     for host in range(2):
         monkeypatch.setattr(parallel, 'host', lambda host=host: (host, 2))
-        monkeypatch.setattr(parallel, 'gather_objects', lambda mine: parts.append(mine) or [mine])
+        monkeypatch.setattr(parallel, 'gather_objects', lambda part: parts.append(part) or [part])
         evaluate.make_evaluate(config, source, detect)(None)
-    assert sorted([*parts[0], *parts[1]]) == list(range(NUM_IMAGES))
+    assert sorted([*parts[0][0], *parts[1][0]]) == list(range(NUM_IMAGES))
 
-    monkeypatch.setattr(parallel, 'gather_objects', lambda mine: parts)
+    monkeypatch.setattr(parallel, 'gather_objects', lambda part: parts)
     numbers, found = evaluate.make_evaluate(config, source, detect)(None)
     assert list(found) == list(range(NUM_IMAGES))
     assert numbers['AP'] == pytest.approx(1, abs=1e-6)

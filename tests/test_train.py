@@ -21,7 +21,10 @@ from effdet_jax.training.optimizer import make_optimizer
 from effdet_jax.training.state import init_state, init_variables
 
 pytestmark = pytest.mark.usefixtures('depthwise_by_xla')
-TRAIN = {'loss', 'class_loss', 'box_loss', 'l2_loss', 'learning_rate', 'gradient_norm', 'positives', 'boxes_left_out'}
+TRAIN = {
+    'loss', 'class_loss', 'box_loss', 'l2_loss', 'learning_rate', 'gradient_norm', 'positives', 'boxes_left_out',
+    'images_replaced',
+}  # fmt: skip
 SPEED = {'images_per_second', 'waiting_for_data'}  # the only numbers that differ from run to run
 INTERRUPTED_AT = 3  # in the frozen epoch, one step after a checkpoint
 
