@@ -137,7 +137,13 @@ def check_before_training(config: Any, train: data.CheckableSource, evaluation: 
     if fatal:
         raise UserError(f'{fatal[0].message} (see {_command()})')
     if found.count('error') + found.count('warning'):
-        say(f'data: {found.count("error")} errors, {found.count("warning")} warnings; all of them: {_command()}')
+        counts = ' and '.join(counted(found.count(severity), severity) for severity in ('error', 'warning'))
+        say(f'data: {counts}; to see all of them: {_command()}')
+
+
+def counted(number: int, what: str) -> str:
+    """'1 error', '2,000 errors'."""
+    return f'{number:,} {what}{"" if number == 1 else "s"}'
 
 
 def summary(found: Inspection) -> list[str]:

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from effdet_jax import data
-from effdet_jax.data.checks import KINDS, Finding, printable
+from effdet_jax.data.checks import KINDS, Finding
 from effdet_jax.errors import UnreadableError
-from effdet_jax.inspection import SPLITS, Inspection
+from effdet_jax.inspection import SPLITS, Inspection, counted
 from effdet_jax.records.metrics import console, say, table
 from effdet_jax.records.pictures import draw_boxes, write_image
 
@@ -34,16 +34,16 @@ def show(found: Inspection, images: bool) -> None:
         say('\n' + table(('size', 'ratio', 'objects', 'unmatched'), rows, title))
         say(found.fit.advice and f'\n{found.fit.advice}')
     console.print(_table_of_kinds(found))
-    for kind in KINDS:
-        everything = [f for of_split in found.of_kind(kind).values() for f in of_split]
-        for finding in everything[:EXAMPLES]:
-            say(f'{KINDS[kind].severity}: {finding.message}')
+    for name, kind in KINDS.items():
+        everything = [(split, f) for split, of_split in found.of_kind(name).items() for f in of_split]
+        for split, finding in everything[:EXAMPLES]:
+            say(f'{kind.severity}: {split}: {finding.message}')
         if len(everything) > EXAMPLES:
             say(f'    and {len(everything) - EXAMPLES:,} more of this kind')
     unknown = sum(int((listing.sizes[:, 0] == 0).sum()) for listing in found.listings.values())
     if unknown and not images:
         say(f'The annotations do not say the size of {unknown:,} images: add --images to find boxes outside of them.')
-    say(f'{found.count("error"):,} errors, {found.count("warning"):,} warnings, {found.count("note"):,} notes')
+    say(', '.join(counted(found.count(severity), severity) for severity in COLORS))
 
 
 def to_json(found: Inspection) -> dict[str, Any]:
@@ -112,6 +112,7 @@ def _draw(found: Inspection, split: str, image: str, faults: list[Finding]) -> n
     boxes_xyxy, labels = listing.boxes_yxyx[of_image][:, [1, 0, 3, 2]], listing.labels[of_image]
     faulty_xyxy = np.array([finding.box_xyxy for finding in faults], np.float32)
     sound = ~(boxes_xyxy[:, None] == faulty_xyxy).all(2).any(1)
+    faulty_xyxy = np.sort(faulty_xyxy.reshape(-1, 2, 2), axis=1).reshape(-1, 4)  # an inverted one can be drawn too
     fault_label = len(listing.class_names)
     names = (*listing.class_names, f'{faults[0].kind.replace("_", " ")}')
     return draw_boxes(
@@ -130,5 +131,5 @@ def _table_of_kinds(found: Inspection) -> Table:
         counts = [len(of_split) for of_split in found.of_kind(name).values()]
         if any(counts):
             severity = Text(kind.severity, style=COLORS[kind.severity])
-            grid.add_row(severity, printable(kind.what), *(f'{count or "-"}' for count in counts), kind.advice)
+            grid.add_row(severity, kind.what, *(f'{count or "-"}' for count in counts), kind.advice)
     return grid

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from effdet_jax.data.example import Annotations
-from effdet_jax.errors import UserError
+from effdet_jax.errors import UserError, printable
 
 SMALLEST_SIDE = 1.0  # pixels; less is no picture of anything, often coordinates of 0..1 instead of pixels
 LONGEST_RATIO = 50.0  # sides; a line and no region: of any anchor up to 2:1 it shares less than an eighth
@@ -130,11 +130,6 @@ def first_few(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return printable(', '.join(names[:limit]) + more)
-
-
-def printable(text: str) -> str:
-    """Fit for a line of a terminal: what comes from a file may hold line breaks and control sequences."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
 def _absurd(boxes_M4: np.ndarray, clipped_M4: np.ndarray, limits_M2: np.ndarray) -> np.ndarray:

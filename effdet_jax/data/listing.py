@@ -25,7 +25,7 @@ class ImageRow(NamedTuple):
 
 
 class ObjectRow(NamedTuple):
-    """image: place of its image in the list of images. number: annotation id, line, or place in the file."""
+    """image: place of its image in the list of images. number: annotation id, line, or place in the file, from 1."""
 
     image: int
     box_yxyx: tuple[float, float, float, float]
@@ -117,7 +117,7 @@ def list_some(
             faults.append(found)
             continue
         row, a = found
-        columns = (a.boxes_yxyx, a.labels, range(len(a.labels)), a.areas, a.is_crowd, a.is_difficult)
+        columns = (a.boxes_yxyx, a.labels, range(1, len(a.labels) + 1), a.areas, a.is_crowd, a.is_difficult)
         objects += [ObjectRow(len(images), *values) for values in zip(*columns, strict=True)]
         images.append(row)
         read_indices.append(index)

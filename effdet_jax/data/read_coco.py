@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from effdet_jax.data import transforms
-from effdet_jax.data.checks import Finding, first_few, printable
+from effdet_jax.data.checks import Finding, first_few
 from effdet_jax.data.listing import (
     ImageRow,
     Listing,
@@ -50,10 +50,10 @@ def read_coco(json_file: Path, folder: Path, class_names: Sequence[str] = ()) ->
             if image_id not in image_of or category not in name_of:
                 raise ValueError(f'no image {shortened(image_id)} or no category {shortened(category)} in this file')
             image = images[image_of[image_id]].file
-            if label_of[category] is None:
+            if (label := label_of[category]) is None:
                 kind = 'unknown_label'
                 raise ValueError(f'label {name_of[category]!r} is not among the class names ({", ".join(names)})')
-            objects.append(_object(annotation, image_of[image_id], label_of[category], place))
+            objects.append(_object(annotation, image_of[image_id], label, place))
         except (KeyError, TypeError, ValueError) as error:
             number = annotation.get('id', place) if isinstance(annotation, dict) else place
             where = f'{json_file}: annotation {shortened(number)}'
@@ -67,9 +67,7 @@ def _load(json_file: Path) -> dict[str, list]:
     try:
         content = json.loads(transforms.read_bytes(json_file))
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
-        raise UserError(
-            f'{json_file}: not valid JSON ({printable(str(error))}): was it written or copied completely?'
-        ) from error
+        raise UserError(f'{json_file}: not valid JSON ({error}): was it written or copied completely?') from error
     parts = content if isinstance(content, dict) else {}
     if lacking := [name for name in ('annotations', 'categories', 'images') if not isinstance(parts.get(name), list)]:
         raise UserError(

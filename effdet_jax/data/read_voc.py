@@ -54,7 +54,7 @@ def read_voc(root: Path, split: str, class_names: Sequence[str] = ()) -> Listing
             faults.append(one)
             continue
         image = str(image_of.get(stem, image_folder / f'{stem}.jpg'))
-        for number, box in enumerate(one.objects):
+        for number, box in enumerate(one.objects, start=1):
             if box.fault:
                 faults.append(Finding('malformed_annotation', str(files[stem]), box.fault, image, box.name))
             elif box.name not in label_of:

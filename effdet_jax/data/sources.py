@@ -114,8 +114,8 @@ class Shapes:
     def __getitem__(self, index: int) -> Example:
         return shapes.draw(self._indices[index])
 
-    def image(self, index: int) -> np.ndarray:
-        """The picture."""
+    def image(self, index: int) -> bytes | np.ndarray:
+        """The picture, RGB."""
         return self[index].image
 
     def annotations(self, index: int) -> Annotations:
@@ -127,9 +127,9 @@ class Shapes:
         return list_some(self._read, self.class_names, self.category_ids, len(self), most, track)
 
     def _read(self, index: int) -> tuple[ImageRow, Annotations]:
-        image, annotations = (example := self[index]).image, example.annotations
+        annotations, (height, width, _) = (example := self[index]).annotations, np.shape(example.image)
         name = f'shapes, picture {annotations.image_id}'
-        return ImageRow(annotations.image_id, name, f'{name}: object ', image.shape[:2]), annotations
+        return ImageRow(annotations.image_id, name, f'{name}: object ', (height, width)), annotations
 
 
 class Concatenated:

@@ -48,8 +48,9 @@ def check_training(
     ]  # fmt: skip
     numbers_K, boxes_K4 = network_boxes(listing, image_size)
     iou_K = best_ious(boxes_K4)
+    _, faults = find_box_faults(listing.boxes_yxyx, listing.sizes[listing.image_of])
     unmatched = []
-    for k in np.flatnonzero(iou_K < threshold):
+    for k in np.flatnonzero((iou_K < threshold) & ~faults['absurd_box'][numbers_K]):  # each box is told of once
         height, width = (float(side) for side in boxes_K4[k, 2:] - boxes_K4[k, :2])
         detail = (
             f'no anchor fits: {width:.0f}x{height:.0f} pixels at the input, IoU {iou_K[k]:.2f} with its best anchor'

@@ -23,6 +23,9 @@ MAX_BYTES = 2**31 - 1  # of a file; OpenCV's decoders take no more
 # refused: either its size is unknown until it is decoded, or its decoder is one that few have tested.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'AVIF', 'JPEG2000', 'PPM', 'SUN')
 
+# Of a damaged image OpenCV prints several lines; ours is one, and names the file.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 
 def decode(encoded: bytes, name: str, *, upright: bool = False) -> UInt8[np.ndarray, 'H W 3']:
     """Encoded image -> RGB.
