@@ -149,7 +149,7 @@ def counted(number: int, what: str) -> str:
 def summary(found: Inspection) -> list[str]:
     """A line for each kind of fault and split: how many, where (the first few), what is done."""
     return [
-        f'{kind.severity}: {split}: {len(of_split)} x {kind.what}: '
+        f'{kind.severity}: {split}: {len(of_split):,} x {kind.what}: '
         f'{first_few(_places(of_split), 3)}: {kind.advice}'
         for name, kind in KINDS.items()
         if kind.severity != 'note'

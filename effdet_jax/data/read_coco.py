@@ -93,7 +93,8 @@ def _images(images: Sequence[Any], json_file: Path, folder: Path, faults: list[F
     for place, image in enumerate(images):
         image_id = kind = None
         try:
-            image_id, name = image['id'], image['file_name']
+            image_id = image['id']
+            name = image['file_name']
             kind = 'unsafe_path' if leaves_folder(name) else 'malformed_annotation'
             if kind == 'unsafe_path':
                 raise ValueError(f'the file name {shortened(name)} leaves {folder}')
@@ -124,6 +125,8 @@ def _object(annotation: Mapping[str, Any], image: int, label: int, place: int) -
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, TypeError):  # Python's words would say nothing about the file
+        return 'a value is not of the type it has in COCO files'
     return f'it has no {error}' if isinstance(error, KeyError) else str(error)
 
 
