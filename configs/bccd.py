@@ -1,13 +1,14 @@
-"""D0 at 256x256 from scratch on BCCD, 364 photographs of blood cells (experiments/bccd): a recipe for small own data.
+"""BCCD, 364 photographs of blood cells, at 256x256 (experiments/bccd): a recipe for small own data.
 
-AdamW with a short schedule, scale jitter that keeps objects near their size, anchors as small as the smallest class.
+D0, or another member: configs/bccd.py:lite0. AdamW with a short schedule, scale jitter that keeps objects near their
+size, anchors as small as the smallest class.
 """
 
 from configs import default
 
 
-def get_config() -> default.ConfigDict:
-    config = default.get_config('d0')
+def get_config(name: str = 'd0') -> default.ConfigDict:
+    config = default.get_config(name)
     config.dataset.update(source='voc:data/bccd', train_split='trainval', eval_split='test')
     config.image.size = (256, 256)
     config.model.anchors.scale = 2.0  # 16 pixels on P3: a platelet; the usual 4.0 starts at 32

@@ -37,6 +37,7 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 size=(scale.image_size, scale.image_size),  # height, width of the network's input
                 mean=(127.0,) * 3 if lite else IMAGENET_MEAN,  # of 0..255, RGB
                 std=(128.0,) * 3 if lite else IMAGENET_STD,
+                padding=0.0,  # beyond the image, after normalising: 0 is the mean colour; AdvProp: -1, black
             ),
             model=dict(
                 backbone=scale.backbone,

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import default
 from effdet_jax.errors import UserError
 from effdet_jax.records.files import write_atomically
 
@@ -67,26 +68,44 @@ def load(workdir: Path) -> ConfigDict:
     path = workdir / 'config.json'
     if not path.is_file():
         raise UserError(f'{path} does not exist: give the --workdir of a training run')
+    config = default.get_config('d0')  # for keys that are younger than the run
     try:
-        return ConfigDict(json.loads(path.read_text(encoding='utf-8')))
-    except ValueError as error:
+        with config.unlocked():
+            config.update(_with_tuples(json.loads(path.read_text(encoding='utf-8'))))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it from a checkpoint's config/") from error
+    return config
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON has lists where a config has tuples."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def refuse_another(config: ConfigDict, workdir: Path, only: tuple[str, ...] = ('',)) -> None:
     """Raises UserError where the work directory's config differs in a key that starts with one of `only`."""
     if not (workdir / 'config.json').exists():
         return
-    ours, theirs = (dict(flatten(c)) for c in (to_json(config), to_json(load(workdir))))
-    differences = [
-        f'{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now'
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key.startswith(only) and not key.startswith(FREE_KEYS)
+    different = [
+        f'{key}: {theirs!r} there, {ours!r} now'
+        for key, theirs, ours in differences(load(workdir), config, only)
+        if not key.startswith(FREE_KEYS)
     ]
-    if differences:
+    if different:
         raise UserError(
-            f'{workdir} belongs to a run with another config ({"; ".join(differences)}): choose another --workdir'
+            f'{workdir} belongs to a run with another config ({"; ".join(different)}): choose another --workdir, or '
+            'leave --config away to use its own'
         )
+
+
+def differences(a: ConfigDict, b: ConfigDict, only: tuple[str, ...] = ('',)) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value in a, value in b) where they differ, of the keys that start with one of `only`."""
+    in_a, in_b = (dict(flatten(to_json(config))) for config in (a, b))
+    for key in sorted(in_a.keys() | in_b.keys()):
+        if key.startswith(only) and in_a.get(key) != in_b.get(key):
+            yield key, in_a.get(key), in_b.get(key)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:

@@ -81,6 +81,9 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     return metrics or run.last_evaluation()
 
 
+# Weights expect these as they were in their training; a run that starts from them may still choose others.
+MEANING_OF_WEIGHTS = ('model.anchors.', 'image.mean', 'image.std', 'image.padding')
+
 SHOWN = {'loss': 'loss', 'images/s': 'images_per_second', 'waiting': 'waiting_for_data'}
 
 
@@ -128,6 +131,11 @@ def build(config: Any, workdir: Path) -> Run:
     Raises:
       UserError: as `train_and_evaluate`.
     """
+    if (workdir / 'import.json').exists():
+        raise UserError(
+            f'{workdir} holds imported weights, which training would replace: choose another --workdir and add '
+            f'--config.train.init_from={workdir}'
+        )
     c = run_config.Recorded(config)
     train_source, eval_source = open_sources(c)
     remember_classes(config, eval_source, c.dataset.category_ids)
@@ -160,7 +168,7 @@ def build(config: Any, workdir: Path) -> Run:
     variables, init_from = init_variables(model, c.seed), t.init_from
     _check_freeze(t.freeze, variables)
     if init_from and not has_checkpoints(workdir):
-        variables = start_from(Path(init_from), variables)
+        variables = start_from(Path(init_from), variables, config)
     state = init_state(variables, optimizer, t.ema_decay)
     if c.checkpoint.best not in (known := [f'eval/{name}' for name in evaluate.SUMMARY]):
         raise UserError(f'config.checkpoint.best={c.checkpoint.best!r} is unknown: choose one of {", ".join(known)}')
@@ -207,9 +215,11 @@ def remember_classes(config: Any, source: data.Source, category_ids: Sequence[in
         config.dataset.category_ids = tuple(category_ids) or source.category_ids
 
 
-def start_from(workdir: Path, fresh: Variables) -> Variables:
-    """`fresh` with the best weights of another run; prints what was loaded."""
+def start_from(workdir: Path, fresh: Variables, config: Any) -> Variables:
+    """`fresh` with the best weights of another run; prints what was loaded, and what it was used to see."""
     step, weights = load_variables(workdir)
+    for key, theirs, ours in run_config.differences(run_config.load(workdir), config, MEANING_OF_WEIGHTS):
+        say(f'note: {workdir} was trained with {key}={theirs}, this run has {ours}')
     variables, rows = transfer(fresh, weights)
     title = f'starting from {workdir}, step {step}'
     say(table(('part', 'loaded', 're-initialised', 'skipped'), rows, title))

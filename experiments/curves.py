@@ -12,12 +12,13 @@ PANELS = (('train/loss',), ('train/class_loss',), ('eval/AP', 'eval/AP50'))
 
 def main(out: str, *workdirs: str) -> None:
     figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 3.6), layout='constrained')
-    for workdir in map(Path, workdirs):
+    for colour, workdir in enumerate(map(Path, workdirs)):
         rows = read_metrics(workdir / 'metrics.jsonl')
         for axis, names in zip(axes, PANELS, strict=True):
-            for name in names:
+            for style, name in zip(('-', '--'), names, strict=False):
                 points = [(row['step'], row[name]) for row in rows if name in row]
-                axis.plot(*zip(*points, strict=True), label=f'{workdir.name} {name.split("/")[1]}')
+                label = f'{workdir.name} {name.split("/")[1]}'
+                axis.plot(*zip(*points, strict=True), style, color=f'C{colour}', label=label)
     for axis, names in zip(axes, PANELS, strict=True):
         axis.set(title=', '.join(names), xlabel='step', ylim=(0, 1 if names[0].startswith('eval') else None))
         axis.grid(alpha=0.3)

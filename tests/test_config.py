@@ -11,7 +11,8 @@ from effdet_jax import config as run_config
 from effdet_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in ('default', 'scaling'))
+NO_RUNS = ('default', 'scaling', 'presets', 'coco', 'saved')
+FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in NO_RUNS)
 
 FAMILY = {  # spec 1: size, backbone, channels, cells, head layers, anchor scale, fusion, last level, stochastic depth
     'd0': (512, 'b0', 64, 3, 3, 4, 'fast', 7, 0.0),

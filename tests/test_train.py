@@ -220,7 +220,7 @@ def test_evaluating_what_is_not_there_is_refused_and_leaves_nothing(tmp_path):
 def test_starting_from_its_weights_takes_all_of_them_and_says_so(finished_run, fresh):
     workdir, _, _ = finished_run
     with metrics.console.capture() as printed:
-        variables = train.start_from(workdir, fresh.variables)
+        variables = train.start_from(workdir, fresh.variables, tiny.config())
     step, expected = load_variables(workdir)
     assert_same(variables, expected)
     assert f'starting from {workdir}, step {step}' in printed.get()

@@ -15,6 +15,7 @@ from effdet_jax.data import transforms
 from effdet_jax.detection import anchors, preprocess
 from effdet_jax.detection.postprocess import Detections as NetworkDetections
 from effdet_jax.detection.postprocess import postprocess
+from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet, build_model
 from effdet_jax.records import checkpoint
 
@@ -57,6 +58,10 @@ class Detector:
     def __init__(self, config: Any, variables: dict[str, Any]) -> None:
         """`config` as a work directory holds it, with the class names filled in."""
         self.class_names: tuple[str, ...] = tuple(config.dataset.class_names)
+        if not self.class_names:
+            raise UserError(
+                'these weights are a backbone alone: train a detector from them with config.train.init_from'
+            )
         self.category_ids: tuple[int, ...] = tuple(config.dataset.category_ids)
         self._image_size = tuple(config.image.size)
         model = build_model(config.model, len(self.class_names))
@@ -89,7 +94,8 @@ class Detector:
 
 def make_detect(config: Any, model: EfficientDet) -> Callable[[Any, Array, Array], NetworkDetections]:
     """`detect(variables, images uint8 [B, H, W, 3], valid_size [B, 2])` -> detections in network pixels."""
-    mean, std, anchors_N4 = config.image.mean, config.image.std, image_anchors(config)
+    statistics = config.image.mean, config.image.std, config.image.padding
+    anchors_N4 = image_anchors(config)
     c = config.eval
     options = dict(
         per_class=c.per_class,
@@ -102,7 +108,7 @@ def make_detect(config: Any, model: EfficientDet) -> Callable[[Any, Array, Array
     )
 
     def detect(variables: Any, images: Array, valid_size: Array) -> NetworkDetections:
-        outputs: Any = model.apply(variables, preprocess.normalize(images, valid_size, mean, std), train=False)
+        outputs: Any = model.apply(variables, preprocess.normalize(images, valid_size, *statistics), train=False)
 
         def finish(class_logits: Array, box_regressions: Array, size: Array) -> NetworkDetections:
             return postprocess(class_logits, box_regressions, jnp.asarray(anchors_N4), size, **options)

@@ -33,7 +33,8 @@ def make_train_step(
       UserError: where the config's values do not go together.
     """
     axis, seed = model.axis_name, config.seed
-    mean, std, flip = config.image.mean, config.image.std, config.augment.flip
+    statistics = config.image.mean, config.image.std, config.image.padding
+    flip = config.augment.flip
     parts, freeze, ema_decay = config.train.accumulate, config.train.freeze, config.train.ema_decay
     c = config.loss
     focal = dict(alpha=c.alpha, gamma=c.gamma, label_smoothing=c.label_smoothing)
@@ -69,7 +70,7 @@ def make_train_step(
         if flip:
             keys_B = _keys_of_samples(flip_key, images_u8.shape[0], axis)
             images_u8, boxes_BM4 = jax.vmap(augment.random_flip)(keys_B, images_u8, boxes_BM4, batch['valid_size'])
-        images = preprocess.normalize(images_u8, batch['valid_size'], mean, std)
+        images = preprocess.normalize(images_u8, batch['valid_size'], *statistics)
         targets = jax.vmap(assignment.assign, (None, 0, 0, None))(
             jnp.asarray(anchors_N4), boxes_BM4, batch['labels'], match_threshold
         )

@@ -17,13 +17,17 @@ Row = tuple[str, int, int, int]  # part, parameters loaded, re-initialised, skip
 def transfer(fresh: Variables, source: Variables) -> tuple[Variables, list[Row]]:
     """`fresh` with every array that `source` has under the same path in the same shape, and a table of what came of it.
 
+    A source may lack whole parts (a backbone alone); those keep their fresh values.
+
     Raises:
-      UserError: where anything but the class predictor differs, naming the first differences.
+      UserError: where anything else but the class predictor differs, naming the first differences.
     """
     ours: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(fresh))
     theirs: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(source))
     loaded = {p for p in ours.keys() & theirs.keys() if ours[p].shape == theirs[p].shape}
-    wrong = sorted(p for p in (ours.keys() | theirs.keys()) - loaded if p[: len(MAY_DIFFER)] != MAY_DIFFER)
+    parts = {path[1] for path in theirs}
+    differ = {path for path in (ours.keys() | theirs.keys()) - loaded if path[1] in parts}
+    wrong = sorted(path for path in differ if path[: len(MAY_DIFFER)] != MAY_DIFFER)
     if wrong:
         names = ', '.join('/'.join(p) for p in wrong[:3])
         raise UserError(
@@ -35,9 +39,9 @@ def transfer(fresh: Variables, source: Variables) -> tuple[Variables, list[Row]]
     def count(tree: dict, paths: Any, part: str) -> int:
         return sum(int(np.prod(tree[p].shape)) for p in paths if p[0] == 'params' and p[1] == part)
 
-    parts = dict.fromkeys(path[1] for path in ours if path[0] == 'params')
     fresh_ones, skipped = ours.keys() - loaded, theirs.keys() - loaded
     rows = [
-        (part, count(ours, loaded, part), count(ours, fresh_ones, part), count(theirs, skipped, part)) for part in parts
+        (part, count(ours, loaded, part), count(ours, fresh_ones, part), count(theirs, skipped, part))
+        for part in dict.fromkeys(path[1] for path in ours if path[0] == 'params')
     ]
     return traverse_util.unflatten_dict(merged), rows

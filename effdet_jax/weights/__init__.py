@@ -1,5 +1,5 @@
 """Weights of other implementations, by name."""
 
-from effdet_jax.weights.names import from_official, official_names
+from effdet_jax.weights.names import from_official
 
-__all__ = ['from_official', 'official_names']
+__all__ = ['from_official']

@@ -1,12 +1,11 @@
-"""Official variable names <-> our tree (spec 11.3). Names have no ':0'; arrays have TensorFlow's layout.
+"""Names and layouts of other implementations (spec 11). A table reads: this layer of ours is that layer of theirs.
 
-The rules are read as: this path of ours is that name of theirs. So the tree of the model says what must exist, and what
-is missing or left over can be named.
+The tree of our model says what must exist, so what a file lacks, has too much or has in another shape can be named.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,116 +16,276 @@ from effdet_jax.errors import UserError
 
 Path = tuple[str, ...]  # collection first: ('params', 'backbone', 'blocks_0', 'dw_conv', 'kernel')
 
-BATCH_NORM = {'scale': 'gamma', 'bias': 'beta', 'mean': 'moving_mean', 'var': 'moving_variance'}
+
+class Scheme(NamedTuple):
+    """How one implementation names its layers and lays out their arrays."""
+
+    layers: Mapping[str, str]
+    leaves: Callable[[str, Any], list[str]]  # ('bn/scale', shape) -> what they append to the layer's name
+    to_ours: Callable[[str, np.ndarray], np.ndarray]  # (kind of layer, array) -> our layout
+
+
+# {b} block, {s}.{j} stage and block in it, {l} level, {n} level - 3, {r} cell, {k} node, {id} the node among inputs and
+# nodes, {i} input slot or repeat, {o} which input a projection reads, {net} class or box, {variant} as in b0, lite3.
+# Blocks without expansion are `plain`: theirs often number layers in the order of their creation.
+KERAS = {
+    'backbone/stem/conv': 'efficientnet-{variant}/stem/conv2d',
+    'backbone/stem/bn': 'efficientnet-{variant}/stem/tpu_batch_normalization',
+    'backbone/blocks_{b}/expand_conv': 'efficientnet-{variant}/blocks_{b}/conv2d',
+    'backbone/blocks_{b}/expand_bn': 'efficientnet-{variant}/blocks_{b}/tpu_batch_normalization',
+    'backbone/blocks_{b}/dw_conv': 'efficientnet-{variant}/blocks_{b}/depthwise_conv2d',
+    'backbone/blocks_{b}/dw_bn': 'efficientnet-{variant}/blocks_{b}/tpu_batch_normalization_1',
+    'backbone/blocks_{b}/se_reduce': 'efficientnet-{variant}/blocks_{b}/se/conv2d',
+    'backbone/blocks_{b}/se_expand': 'efficientnet-{variant}/blocks_{b}/se/conv2d_1',
+    'backbone/blocks_{b}/project_conv': 'efficientnet-{variant}/blocks_{b}/conv2d_1',
+    'backbone/blocks_{b}/project_bn': 'efficientnet-{variant}/blocks_{b}/tpu_batch_normalization_2',
+    'backbone/plain_{b}/dw_bn': 'efficientnet-{variant}/blocks_{b}/tpu_batch_normalization',
+    'backbone/plain_{b}/project_conv': 'efficientnet-{variant}/blocks_{b}/conv2d',
+    'backbone/plain_{b}/project_bn': 'efficientnet-{variant}/blocks_{b}/tpu_batch_normalization_1',
+    'resample_p{l}/conv': 'resample_p{l}/conv2d',
+    'resample_p{l}/bn': 'resample_p{l}/bn',
+    'fpn/cell_{r}/node_{k}': 'fpn_cells/cell_{r}/fnode{k}',
+    'fpn/cell_{r}/node_{k}/resample_{i}/conv': 'fpn_cells/cell_{r}/fnode{k}/resample_{i}_{o}_{id}/conv2d',
+    'fpn/cell_{r}/node_{k}/resample_{i}/bn': 'fpn_cells/cell_{r}/fnode{k}/resample_{i}_{o}_{id}/bn',
+    'fpn/cell_{r}/node_{k}/dw': 'fpn_cells/cell_{r}/fnode{k}/op_after_combine{id}/conv',
+    'fpn/cell_{r}/node_{k}/pw': 'fpn_cells/cell_{r}/fnode{k}/op_after_combine{id}/conv',
+    'fpn/cell_{r}/node_{k}/bn': 'fpn_cells/cell_{r}/fnode{k}/op_after_combine{id}/bn',
+    '{net}_net/conv_{i}/dw': '{net}_net/{net}-{i}',
+    '{net}_net/conv_{i}/pw': '{net}_net/{net}-{i}',
+    '{net}_net/bn_{i}_p{l}': '{net}_net/{net}-{i}-bn-{l}',
+    '{net}_net/predict/dw': '{net}_net/{net}-predict',
+    '{net}_net/predict/pw': '{net}_net/{net}-predict',
+}
+OBJECTS = {
+    'backbone/stem/conv': 'backbone/_stem/_conv_stem',
+    'backbone/stem/bn': 'backbone/_stem/_bn',
+    'backbone/blocks_{b}/expand_conv': 'backbone/_blocks/{b}/_expand_conv',
+    'backbone/blocks_{b}/expand_bn': 'backbone/_blocks/{b}/_bn0',
+    'backbone/blocks_{b}/dw_conv': 'backbone/_blocks/{b}/_depthwise_conv',
+    'backbone/blocks_{b}/dw_bn': 'backbone/_blocks/{b}/_bn1',
+    'backbone/blocks_{b}/se_reduce': 'backbone/_blocks/{b}/_se/_se_reduce',
+    'backbone/blocks_{b}/se_expand': 'backbone/_blocks/{b}/_se/_se_expand',
+    'backbone/blocks_{b}/project_conv': 'backbone/_blocks/{b}/_project_conv',
+    'backbone/blocks_{b}/project_bn': 'backbone/_blocks/{b}/_bn2',
+    'resample_p{l}/conv': 'resample_layers/{p}/conv2d',
+    'resample_p{l}/bn': 'resample_layers/{p}/bn',
+    'fpn/cell_{r}/node_{k}': 'fpn_cells/cells/{r}/fnodes/{k}',
+    'fpn/cell_{r}/node_{k}/resample_{i}/conv': 'fpn_cells/cells/{r}/fnodes/{k}/resample_layers/{i}/conv2d',
+    'fpn/cell_{r}/node_{k}/resample_{i}/bn': 'fpn_cells/cells/{r}/fnodes/{k}/resample_layers/{i}/bn',
+    'fpn/cell_{r}/node_{k}/dw': 'fpn_cells/cells/{r}/fnodes/{k}/op_after_combine/conv_op',
+    'fpn/cell_{r}/node_{k}/pw': 'fpn_cells/cells/{r}/fnodes/{k}/op_after_combine/conv_op',
+    'fpn/cell_{r}/node_{k}/bn': 'fpn_cells/cells/{r}/fnodes/{k}/op_after_combine/bn',
+    '{net}_net/conv_{i}/dw': '{net}_net/conv_ops/{i}',
+    '{net}_net/conv_{i}/pw': '{net}_net/conv_ops/{i}',
+    '{net}_net/bn_{i}_p{l}': '{net}_net/bns/{i}/{n}',
+    '{net}_net/predict/dw': '{net}_net/{net}es',
+    '{net}_net/predict/pw': '{net}_net/{net}es',
+}
+EFFDET = {
+    'backbone/stem/conv': 'backbone.conv_stem',
+    'backbone/stem/bn': 'backbone.bn1',
+    'backbone/blocks_{b}/expand_conv': 'backbone.blocks.{s}.{j}.conv_pw',
+    'backbone/blocks_{b}/expand_bn': 'backbone.blocks.{s}.{j}.bn1',
+    'backbone/blocks_{b}/dw_conv': 'backbone.blocks.{s}.{j}.conv_dw',
+    'backbone/blocks_{b}/dw_bn': 'backbone.blocks.{s}.{j}.bn2',
+    'backbone/blocks_{b}/se_reduce': 'backbone.blocks.{s}.{j}.se.conv_reduce',
+    'backbone/blocks_{b}/se_expand': 'backbone.blocks.{s}.{j}.se.conv_expand',
+    'backbone/blocks_{b}/project_conv': 'backbone.blocks.{s}.{j}.conv_pwl',
+    'backbone/blocks_{b}/project_bn': 'backbone.blocks.{s}.{j}.bn3',
+    'backbone/plain_{b}/dw_bn': 'backbone.blocks.{s}.{j}.bn1',
+    'backbone/plain_{b}/project_conv': 'backbone.blocks.{s}.{j}.conv_pw',
+    'backbone/plain_{b}/project_bn': 'backbone.blocks.{s}.{j}.bn2',
+    'resample_p{l}/conv': 'fpn.resample.{n}.conv.conv',
+    'resample_p{l}/bn': 'fpn.resample.{n}.conv.bn',
+    'fpn/cell_{r}/node_{k}': 'fpn.cell.{r}.fnode.{k}.combine',
+    'fpn/cell_{r}/node_{k}/resample_{i}/conv': 'fpn.cell.{r}.fnode.{k}.combine.resample.{o}.conv.conv',
+    'fpn/cell_{r}/node_{k}/resample_{i}/bn': 'fpn.cell.{r}.fnode.{k}.combine.resample.{o}.conv.bn',
+    'fpn/cell_{r}/node_{k}/dw': 'fpn.cell.{r}.fnode.{k}.after_combine.conv.conv_dw',
+    'fpn/cell_{r}/node_{k}/pw': 'fpn.cell.{r}.fnode.{k}.after_combine.conv.conv_pw',
+    'fpn/cell_{r}/node_{k}/bn': 'fpn.cell.{r}.fnode.{k}.after_combine.conv.bn',
+    '{net}_net/conv_{i}/dw': '{net}_net.conv_rep.{i}.conv_dw',
+    '{net}_net/conv_{i}/pw': '{net}_net.conv_rep.{i}.conv_pw',
+    '{net}_net/bn_{i}_p{l}': '{net}_net.bn_rep.{i}.{n}.bn',
+    '{net}_net/predict/dw': '{net}_net.predict.conv_dw',
+    '{net}_net/predict/pw': '{net}_net.predict.conv_pw',
+}
+PORT = {
+    'backbone/stem/conv': '_conv_stem',
+    'backbone/stem/bn': '_bn0',
+    'backbone/blocks_{b}/expand_conv': '_blocks.{b}._expand_conv',
+    'backbone/blocks_{b}/expand_bn': '_blocks.{b}._bn0',
+    'backbone/blocks_{b}/dw_conv': '_blocks.{b}._depthwise_conv',
+    'backbone/blocks_{b}/dw_bn': '_blocks.{b}._bn1',
+    'backbone/blocks_{b}/se_reduce': '_blocks.{b}._se_reduce',
+    'backbone/blocks_{b}/se_expand': '_blocks.{b}._se_expand',
+    'backbone/blocks_{b}/project_conv': '_blocks.{b}._project_conv',
+    'backbone/blocks_{b}/project_bn': '_blocks.{b}._bn2',
+}
+
+TENSORFLOW_LEAVES = {
+    'bn/scale': 'gamma', 'bn/bias': 'beta', 'bn/mean': 'moving_mean', 'bn/var': 'moving_variance',
+    'conv/kernel': 'kernel', 'conv/bias': 'bias',
+    'dw/kernel': 'depthwise_kernel', 'pw/kernel': 'pointwise_kernel', 'pw/bias': 'bias',
+}  # fmt: skip
+TORCH_BATCH_NORM = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
+
+
+def _tensorflow_leaves(leaf: str, shape: tuple[int, ...]) -> list[str]:
+    if leaf.endswith('edge_weights'):  # a scalar for every edge
+        return ['/WSM' + (f'_{i}' if i else '') for i in range(shape[0])]
+    return ['/' + TENSORFLOW_LEAVES[leaf]]
+
+
+def _torch_leaves(leaf: str, _: Any) -> list[str]:
+    kind, name = leaf.split('/')
+    return ['.' + (TORCH_BATCH_NORM[name] if kind == 'bn' else {'kernel': 'weight'}.get(name, name))]
+
+
+def _from_tensorflow(kind: str, array: np.ndarray) -> np.ndarray:
+    return array.transpose(0, 1, 3, 2) if kind == 'dw' and array.ndim == 4 else array  # [k, k, C, 1] there
+
+
+def _from_torch(_: str, array: np.ndarray) -> np.ndarray:
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array  # [out, in, k, k] there
+
+
+SCHEMES = {
+    'keras': Scheme(KERAS, _tensorflow_leaves, _from_tensorflow),
+    'objects': Scheme(OBJECTS, _tensorflow_leaves, _from_tensorflow),
+    'effdet': Scheme(EFFDET, _torch_leaves, _from_torch),
+    'port': Scheme(PORT, _torch_leaves, _from_torch),
+}
+
+
+class Match(NamedTuple):
+    """Their arrays at our paths, in our layout, and what did not fit."""
+
+    arrays: dict[Path, np.ndarray]
+    names: dict[Path, list[str]]  # which of their arrays each path is made of
+    missing: dict[Path, str]  # their name
+    misshapen: dict[Path, str]  # their name and both shapes; or that it holds numbers which are none
+    spare: list[str]
+
+
+def match(arrays: Mapping[str, np.ndarray], shapes: Mapping[Path, Any], variant: str, scheme: Scheme) -> Match:
+    """Finds every one of our variables among `arrays`.
+
+    Args:
+      arrays: {their name: array in their layout}.
+      shapes: {our path: anything with a `.shape`}, of all that is wanted.
+      variant: the backbone, as in `config.model.backbone`: 'b0', 'lite3'.
+    """
+    found = Match({}, dict(their_names(shapes, variant, scheme)), {}, {}, [])
+    for path, names in found.names.items():
+        if absent := [name for name in names if name not in arrays]:
+            found.missing[path] = absent[0]
+            continue
+        theirs = [scheme.to_ours(_kind(path), np.asarray(arrays[name])) for name in names]
+        value = theirs[0] if theirs[0].ndim else np.concatenate([scalar.ravel() for scalar in theirs])
+        if value.shape != shapes[path].shape:
+            found.misshapen[path] = f'{names[0]} has shape {value.shape} in our layout, needed is {shapes[path].shape}'
+        elif not np.isfinite(value).all():
+            found.misshapen[path] = f'{names[0]} holds numbers that are not finite'
+        else:
+            found.arrays[path] = value.astype(np.float32)
+    found.spare.extend(sorted(arrays.keys() - {name for names in found.names.values() for name in names}))
+    return found
 
 
 def from_official(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any], backbone: str) -> dict[str, Any]:
     """Variables of our model from a dictionary {official name: array}.
 
     Args:
-      arrays: every variable of the official model, TensorFlow layout.
+      arrays: every variable of the official model, TensorFlow layout; names of the Keras model, without ':0'.
       shapes: our variables as `jax.eval_shape(model.init, ...)` gives them (anything with `.shape` at the leaves).
       backbone: as in `config.model.backbone`, e.g. 'b0' or 'lite3'.
 
     Raises:
       UserError: naming what is missing, left over, or of another shape.
     """
-    wanted: dict[Path, Any] = traverse_util.flatten_dict(dict(shapes))
-    official = dict(official_names(wanted, backbone))
-    used = {name for names in official.values() for name in names}
-    missing, spare = sorted(used - set(arrays)), sorted(set(arrays) - used)
-    if missing or spare:
+    found = match(arrays, traverse_util.flatten_dict(dict(shapes)), backbone, SCHEMES['keras'])
+    missing, misshapen = list(found.missing.values()), list(found.misshapen.values())
+    if missing or misshapen or found.spare:
         raise UserError(
-            'the weights do not fit this model: '
-            f'{len(missing)} missing {missing[:3]}, {len(spare)} left over {spare[:3]}'
+            f'the weights do not fit this model: {len(missing)} missing {missing[:3]}, {len(found.spare)} left over '
+            f'{found.spare[:3]}, {len(misshapen)} of another shape {misshapen[:3]}'
         )
-    flat = {}
-    for path, names in official.items():
-        value = to_our_layout(path, [np.asarray(arrays[name]) for name in names])
-        if value.shape != wanted[path].shape:
-            raise UserError(f'{names[0]} has shape {value.shape}, but the model needs {wanted[path].shape}')
-        flat[path] = jnp.asarray(value, jnp.float32)
-    return traverse_util.unflatten_dict(flat)
+    return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(found.arrays))
 
 
-def to_our_layout(path: Path, arrays: list[np.ndarray]) -> np.ndarray:
-    if path[-1] == 'edge_weights':
-        return np.stack([array.reshape(()) for array in arrays])
-    (array,) = arrays
-    # TensorFlow keeps a depthwise kernel as (k, k, C, 1).
-    return array.transpose(0, 1, 3, 2) if path[-2] in ('dw', 'dw_conv') else array
+def their_names(shapes: Mapping[Path, Any], variant: str, scheme: Scheme) -> Iterator[tuple[Path, list[str]]]:
+    """(our path, their names) of everything in `shapes`: one each, except that TensorFlow names every edge weight."""
+    derive = _derived_fields(shapes)
+    patterns = [(re.compile(_to_regex(ours)), theirs) for ours, theirs in scheme.layers.items()]
+    for path, leaf in shapes.items():
+        layer, fields = derive(path)
+        # A block without expansion has names of its own in some tables, and in others not.
+        spellings = (layer, layer.replace('/plain_', '/blocks_'))
+        template, values = next(
+            (theirs, found.groupdict())
+            for spelling in spellings
+            for pattern, theirs in patterns
+            if (found := pattern.fullmatch(spelling))
+        )
+        name = template.format(variant=variant, **(fields | values))
+        yield path, [name + suffix for suffix in scheme.leaves(f'{_kind(path)}/{path[-1]}', leaf.shape)]
 
 
-def official_names(variables: Mapping[Path, Any], backbone: str) -> Iterator[tuple[Path, list[str]]]:
-    """For each of our paths its official name; edge weights have one name per edge, every other path has one."""
-    scope = f'efficientnet-{backbone}'
-    expanded = {path[2] for path in variables if path[3:4] == ('expand_conv',)}
-    levels = 1 + max(int(m[1]) for p in variables if (m := re.fullmatch(r'bn_0_p(\d+)', p[2]))) - 3
-    for path, leaf in variables.items():
-        part = path[1]
-        if part == 'backbone':
-            yield path, [f'{scope}/{_backbone(path[2:], path[2] in expanded)}']
-        elif part == 'fpn':
-            yield path, _feature_network(path[2:], levels, leaf)
-        elif part.startswith('resample_p'):
-            yield path, [f'{part}/{_layer(path[2:])}']
-        else:
-            yield path, [f'{part}/{_head(part, path[2:])}']
+def _to_regex(pattern: str) -> str:
+    """'blocks_{b}/dw_bn' -> a regex with a group for each field."""
+    return pattern.replace('{net}', '(?P<net>class|box)').replace('{', '(?P<').replace('}', r'>\d+)')
 
 
-def _layer(path: Path) -> str:
-    """('conv', 'kernel') -> 'conv2d/kernel'; ('bn', 'mean') -> 'bn/moving_mean'."""
-    kind, leaf = path
-    return f'conv2d/{leaf}' if kind == 'conv' else f'bn/{BATCH_NORM[leaf]}'
+def _kind(path: Path) -> str:
+    """bn, dw, pw, conv or, for edge weights, node."""
+    layer = path[-2]
+    if re.fullmatch(r'bn|.*_bn|bn_\d+_p\d+', layer):
+        return 'bn'
+    if layer.startswith('node_'):
+        return 'node'
+    return {'dw': 'dw', 'dw_conv': 'dw', 'pw': 'pw'}.get(layer, 'conv')
 
 
-def _backbone(path: Path, expanded: bool) -> str:
-    """Theirs numbers layers in the order of their creation, so a block without expansion counts from its own."""
-    block, layer, leaf = path
-    shift = 0 if expanded or block == 'stem' else 1
-    convs = {'conv': 0, 'expand_conv': 0, 'project_conv': 1 - shift}
-    norms = {'bn': 0, 'expand_bn': 0, 'dw_bn': 1 - shift, 'project_bn': 2 - shift}
-    squeezes = {'se_reduce': 0, 'se_expand': 1}
+def _derived_fields(shapes: Mapping[Path, Any]) -> Callable[[Path], tuple[str, dict[str, Any]]]:
+    """path -> (layer, with `plain_` for a block without expansion; the fields that follow from it and the model)."""
+    expanded = {path[2] for path in shapes if path[3:4] == ('expand_conv',)}
+    head_levels = [int(found[1]) for p in shapes if (found := re.fullmatch(r'bn_0_p(\d+)', p[2]))]
+    num_levels = max(head_levels, default=7) - 2
+    stage_of = _stages(shapes)
 
-    def numbered(name: str, n: int) -> str:
-        return f'{name}_{n}' if n else name
+    def derive(path: Path) -> tuple[str, dict[str, Any]]:
+        layer = '/'.join(path[1:-1])
+        fields: dict[str, Any] = {}
+        if path[1] == 'backbone' and path[2].startswith('blocks_'):
+            fields['s'], fields['j'] = stage_of[int(path[2].removeprefix('blocks_'))]
+            if path[2] not in expanded:
+                layer = layer.replace('/blocks_', '/plain_')
+        if path[1] == 'fpn':
+            k = int(path[3].removeprefix('node_'))
+            fields['id'] = num_levels + k
+            # Only inputs straight from the backbone are projected, and they are of the node's own level. Nodes 0..L-2
+            # go down from the last level but one, the others up from the second.
+            fields['o'] = num_levels - 2 - k if k <= num_levels - 2 else k - num_levels + 2
+        if level := re.search(r'_p(\d+)', layer):
+            fields['n'], fields['p'] = int(level[1]) - 3, int(level[1]) - 6
+        return layer, fields
 
-    if layer == 'dw_conv':
-        return f'{block}/depthwise_conv2d/depthwise_kernel'
-    if layer in squeezes:
-        return f'{block}/se/{numbered("conv2d", squeezes[layer])}/{leaf}'
-    if layer in convs:
-        return f'{block}/{numbered("conv2d", convs[layer])}/{leaf}'
-    return f'{block}/{numbered("tpu_batch_normalization", norms[layer])}/{BATCH_NORM[leaf]}'
-
-
-def _separable(path: Path) -> str:
-    kind, leaf = path
-    return leaf if leaf == 'bias' else {'dw': 'depthwise_kernel', 'pw': 'pointwise_kernel'}[kind]
-
-
-def _feature_network(path: Path, levels: int, leaf: Any) -> list[str]:
-    cell, node, *rest = path
-    k = int(node.removeprefix('node_'))
-    scope = f'fpn_cells/{cell}/fnode{k}'
-    if rest == ['edge_weights']:
-        return [f'{scope}/WSM' + (f'_{i}' if i else '') for i in range(leaf.shape[0])]
-    if rest[0].startswith('resample_'):
-        # Theirs also says which input it reads: always the node's own level, since only inputs straight from the
-        # backbone are projected. Nodes 0..L-2 go down from the last level but one, the others up from the second.
-        own_level = levels - 2 - k if k <= levels - 2 else k - levels + 2
-        return [f'{scope}/{rest[0]}_{own_level}_{levels + k}/{_layer(tuple(rest[1:]))}']
-    operation = f'{scope}/op_after_combine{levels + k}'
-    layer = f'bn/{BATCH_NORM[rest[1]]}' if rest[0] == 'bn' else f'conv/{_separable(tuple(rest))}'
-    return [f'{operation}/{layer}']
+    return derive
 
 
-def _head(part: str, path: Path) -> str:
-    prefix = part.removesuffix('_net')  # class, box
-    layer, *rest = path
-    if match := re.fullmatch(r'bn_(\d+)_p(\d+)', layer):
-        return f'{prefix}-{match[1]}-bn-{match[2]}/{BATCH_NORM[rest[0]]}'
-    return f'{prefix}-{layer.removeprefix("conv_")}/{_separable((rest[0], rest[1]))}'
+def _stages(shapes: Mapping[Path, Any]) -> dict[int, tuple[int, int]]:
+    """Block -> (stage, place in the stage), from 0. A stage is a run of blocks of the same width (spec 2)."""
+    width_of = {
+        int(path[2].removeprefix('blocks_')): leaf.shape[-1]
+        for path, leaf in shapes.items()
+        if path[1] == 'backbone' and path[3:] == ('project_conv', 'kernel')
+    }
+    stage_of: dict[int, tuple[int, int]] = {}
+    for block in sorted(width_of):
+        stage, place = stage_of.get(block - 1, (-1, 0))
+        same = width_of.get(block - 1) == width_of[block]
+        stage_of[block] = (stage, place + 1) if same else (stage + 1, 0)
+    return stage_of
 
 
 def shapes_of(model: Any, image_size: tuple[int, int] = (128, 128)) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from configs import default, scaling
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model
-from effdet_jax.weights import from_official, names, official_names
+from effdet_jax.weights import from_official, names
 
 # Variables of the official checkpoints: all, and those that are trained (spec 1).
 OFFICIAL_VARIABLES = {
@@ -51,7 +51,7 @@ def test_official_weights_give_the_official_outputs(name):
 @pytest.mark.parametrize('name', OFFICIAL_VARIABLES)
 def test_official_names_are_all_there_and_none_is_used_twice(name, shapes):
     flat = flax.traverse_util.flatten_dict(shapes(name))
-    official = dict(official_names(flat, scaling.SCALES[name].backbone))
+    official = dict(names.their_names(flat, scaling.SCALES[name].backbone, names.SCHEMES['keras']))
     assert official.keys() == flat.keys()
     every = [n for found in official.values() for n in found]
     trained = [n for path, found in official.items() if path[0] == 'params' for n in found]
@@ -67,7 +67,8 @@ def test_names_of_first_cell_projections(shapes):
     }
     for name, projections in expected.items():
         flat = flax.traverse_util.flatten_dict(shapes(name))
-        official = (n for _, found in official_names(flat, scaling.SCALES[name].backbone) for n in found)
+        keras = names.their_names(flat, scaling.SCALES[name].backbone, names.SCHEMES['keras'])
+        official = (n for _, found in keras for n in found)
         kernels = sorted(n for n in official if n.startswith('fpn_cells') and n.endswith('conv2d/kernel'))
         assert kernels == [f'fpn_cells/cell_0/fnode{p}/conv2d/kernel' for p in projections]
 

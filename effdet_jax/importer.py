@@ -1,0 +1,245 @@
+"""A checkpoint of another implementation -> a work directory that evaluates, detects and can be started from."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from configs import coco
+from configs.presets import PRESETS
+from configs.scaling import SCALES
+from effdet_jax import config as run_config
+from effdet_jax.errors import UserError
+from effdet_jax.model import build_model, efficientnet
+from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints
+from effdet_jax.records.files import write_atomically
+from effdet_jax.records.metrics import say, table
+from effdet_jax.training.state import init_variables
+from effdet_jax.weights import certificate, families, names, readers
+
+MAX_ROWS = 30  # of a table of problems; import.json and a run with --allow=. know the rest
+
+Problem = tuple[str, str, str]  # kind, name to allow it by, what it is
+
+
+def import_weights(
+    config: Any,
+    source: FilePath,
+    workdir: FilePath,
+    *,
+    preset: str = 'auto',
+    allow: Sequence[str] = (),
+    reference: FilePath | None = None,
+) -> None:
+    """Fills `workdir` with the weights in `source` and the config they belong to. Nothing is written before all fits.
+
+    Args:
+      config: of the model that the file is of; its input statistics, anchors and NMS are set by the preset.
+      source: a file that `readers.read` knows.
+      preset: a name of `PRESETS`, or 'auto': by the family of the file, lite and AdvProp.
+      allow: regexes on names, ours or theirs, of tensors that may be missing (they keep their initial values), spare,
+        or of another shape.
+      reference: an .npz of reference outputs that must be met, see `certificate.read_reference`.
+
+    Raises:
+      UserError: where the file does not fit the model, naming every culprit; or anything is not readable.
+    """
+    if has_checkpoints(workdir):
+        raise UserError(f'{workdir} holds checkpoints already: choose another --workdir')
+    found = families.recognise(readers.read(source))
+    size = families.size_of(found)
+    say(f'{source}: {found.family}, {size if found.whole else f"{size.blocks} blocks, a backbone alone"}')
+    preset = preset if preset != 'auto' else choose_preset(found, config, source.name)
+    config.update_from_flattened_dict(PRESETS[preset])
+    if found.whole:
+        name_classes(config, families.num_classes(found, _num_anchors(config)))
+
+    model = build_model(config.model, max(len(config.dataset.class_names), 1))
+    shapes = {
+        path: shape
+        for path, shape in traverse_util.flatten_dict(names.shapes_of(model)).items()
+        if found.whole or path[1] == 'backbone'
+    }
+    matched = names.match(found.arrays, shapes, config.model.backbone, found.scheme)
+    allowed, refused = _judge(_problems(matched), allow)
+    if refused:
+        _refuse(refused, source, config, found)
+    flat = dict(matched.arrays)
+    if new := shapes.keys() - flat.keys():
+        fresh = traverse_util.flatten_dict(init_variables(model, config.seed))
+        flat |= {path: np.asarray(fresh[path]) for path in new}
+    variables = traverse_util.unflatten_dict(flat)
+    _say_what_was_loaded(shapes, matched, found, allowed, preset)
+    certified = [] if reference is None else certify(model, variables, reference)
+
+    run_config.save(config, workdir)
+    _write_json(workdir / 'import.json', _account(source, preset, matched, found, allowed))
+    if certified:
+        _write_json(workdir / 'certificate.json', [row._asdict() for row in certified])
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(0, {'variables': variables}, {}, run_config.to_json(config))
+    checkpoints.close()
+    _say_what_next(workdir, found.whole)
+
+
+def choose_preset(found: families.Recognised, config: Any, file_name: str) -> str:
+    """The file's family as `PRESETS` names it. That a network was trained with AdvProp, only the file's name tells."""
+    family = found.family if found.whole else {'official': 'port', 'effdet': 'timm'}.get(found.family, found.family)
+    lite = efficientnet.VARIANTS[config.model.backbone].lite
+    advprop = re.search(r'adv-?prop|[-_]ap[-_.]', file_name.lower())
+    special = f'{family}-lite' if lite else f'{family}-advprop' if advprop else family
+    return special if special in PRESETS else family
+
+
+def name_classes(config: Any, in_file: int) -> None:
+    """Fills in class names and category ids: the config's, else COCO's where the file has 90 classes.
+
+    Raises:
+      UserError: where nobody says what the classes are.
+    """
+    d = config.dataset
+    with config.unlocked():
+        if not d.class_names and in_file == len(coco.CLASS_NAMES):
+            d.class_names, d.category_ids = coco.CLASS_NAMES, coco.CATEGORY_IDS
+        if not d.class_names:
+            raise UserError(
+                f"the file has {in_file} classes and no names for them: add --config.dataset.class_names=\"('a', 'b')\""
+            )
+        d.category_ids = tuple(d.category_ids) or tuple(range(1, len(d.class_names) + 1))
+
+
+def certify(model: Any, variables: Any, reference: FilePath) -> list[certificate.Row]:
+    """Prints and returns the differences from the reference outputs, layer by layer.
+
+    Raises:
+      UserError: where one is above the tolerance.
+    """
+    images, theirs = certificate.read_reference(reference)
+    rows = certificate.compare(certificate.layer_outputs(model, variables, images, theirs.keys()), theirs)
+    shown = [
+        (row.name, 'x'.join(map(str, row.shape)), f'{row.largest:.3g}', f'{row.difference:.1e}', f'{row.relative:.1e}')
+        for row in rows
+    ]
+    say('\n' + table(('output', 'shape', 'largest value', 'largest difference', 'relative'), shown))
+    worst = max(rows, key=lambda row: row.relative)
+    if not worst.relative <= certificate.TOLERANCE:
+        raise UserError(
+            f'{worst.name} differs from {reference} by {worst.relative:.1e} of its largest value, allowed are '
+            f'{certificate.TOLERANCE:.0e}: nothing was imported'
+        )
+    say(f'certified: {len(rows)} outputs, the worst differs by {worst.relative:.1e} of its largest value')
+    return rows
+
+
+def _problems(matched: names.Match) -> Iterator[tuple[Problem, names.Path | None]]:
+    for path, name in matched.missing.items():
+        yield ('missing', '/'.join(path[1:]), f'the file has no {name}'), path
+    for path, what in matched.misshapen.items():
+        yield ('unfit', '/'.join(path[1:]), what), path
+    for name in matched.spare:
+        yield ('spare', name, 'the model has no place for it'), None
+
+
+def _judge(problems: Any, allow: Sequence[str]) -> tuple[list[Problem], list[Problem]]:
+    """(allowed, refused): a regex may match the name, or what is said of it, which names theirs."""
+    verdicts: tuple[list[Problem], list[Problem]] = ([], [])
+    for problem, _ in problems:
+        _, name, what = problem
+        verdicts[not any(re.search(pattern, f'{name} {what}') for pattern in allow)].append(problem)
+    return verdicts
+
+
+def _refuse(refused: list[Problem], source: FilePath, config: Any, found: families.Recognised) -> None:
+    say('\n' + table(('problem', 'tensor', ''), refused[:MAX_ROWS]))
+    if len(refused) > MAX_ROWS:
+        say(f'... and {len(refused) - MAX_ROWS} more')
+    kinds = ', '.join(f'{count} {kind}' for kind, count in Counter(kind for kind, _, _ in refused).items())
+    raise UserError(
+        f'{source} does not fit {config.name}: {kinds}, the first is {refused[0][1]} ({refused[0][2]}). '
+        f'{_advice(refused, config, found)}'
+    )
+
+
+def _advice(refused: list[Problem], config: Any, found: families.Recognised) -> str:
+    """What such a mismatch usually means, and the way out."""
+    theirs, ours = families.size_of(found), _size(config)
+    if found.whole and theirs != ours:
+        members = [name for name in SCALES if _size_of_member(name) == theirs]
+        fitting = f'give --config=configs/{members[0]}.py' if members else 'no member of the family is of that size'
+        return f'The file is of another model: {theirs}, and the config says {ours}: {fitting}'
+    in_file, classes = families.num_classes(found, _num_anchors(config)), len(config.dataset.class_names)
+    if found.whole and in_file != classes:
+        return f'It has {in_file} classes, the config {classes}: for a new predictor add --allow=class_net/predict'
+    if all(kind == 'missing' and name.endswith('bias') for kind, name, _ in refused):
+        return (
+            'Models that effdet trained itself (efficientdet_*, not tf_efficientdet_*) have no such biases; they also '
+            'pad differently, so they make a start for training, not an equal: add --allow=bias'
+        )
+    return 'Take the right config or file; to accept single tensors as they are, name them in --allow=REGEX'
+
+
+def _size(config: Any) -> families.Size:
+    m = config.model
+    blocks = len(efficientnet.block_table(efficientnet.VARIANTS[m.backbone]))
+    return families.Size(blocks, m.cells, m.channels, m.head_layers)
+
+
+def _size_of_member(name: str) -> families.Size:
+    scale = SCALES[name]
+    blocks = len(efficientnet.block_table(efficientnet.VARIANTS[scale.backbone]))
+    return families.Size(blocks, scale.cells, scale.channels, scale.head_layers)
+
+
+def _num_anchors(config: Any) -> int:
+    return config.model.anchors.octaves * len(config.model.anchors.aspect_ratios)
+
+
+def _say_what_was_loaded(
+    shapes: Any, matched: names.Match, found: families.Recognised, allowed: list[Problem], preset: str
+) -> None:
+    rows = []
+    for part in dict.fromkeys(path[1] for path in shapes):
+        loaded = [path for path in matched.arrays if path[1] == part]
+        new = [path for path in shapes if path[1] == part and path not in matched.arrays]
+        of_theirs = sum(len(matched.names[path]) for path in loaded)
+        rows.append((part, of_theirs, *(sum(int(np.prod(shapes[p].shape)) for p in paths) for paths in (loaded, new))))
+    say('\n' + table(('part', 'tensors', 'numbers loaded', 're-initialised'), rows))
+    for kind, count in Counter(kind for kind, _, _ in allowed).items():
+        say(f'allowed: {count} {kind}')
+    for why, count in Counter(found.unused.values()).items():
+        say(f'not used: {count} tensors, {why}')
+    settings = ', '.join(f'{key}={value}' for key, value in PRESETS[preset].items())
+    say(f'preset {preset}: {settings or "nothing to set"}')
+    if found.family == 'timm':
+        say('note: tf_efficientnet_* of timm compute the same here; those without tf_ pad differently: a start only')
+
+
+def _account(
+    source: FilePath, preset: str, matched: names.Match, found: families.Recognised, allowed: list[Problem]
+) -> dict[str, Any]:
+    """Where every tensor of the file went."""
+    return {
+        'source': str(source),
+        'family': found.family,
+        'preset': preset,
+        'loaded': {'/'.join(path): matched.names[path] for path in matched.arrays},
+        'allowed': allowed,
+        'not used': found.unused,
+    }
+
+
+def _write_json(path: FilePath, content: Any) -> None:
+    write_atomically(path, (json.dumps(content, indent=1) + '\n').encode())
+
+
+def _say_what_next(workdir: FilePath, whole: bool) -> None:
+    say(f'\n{workdir}: config.json  checkpoints/  import.json')
+    if whole:
+        say(f'detect:     python -m effdet_jax.predict --workdir={workdir} --out=found IMAGES')
+        say(f'evaluate:   python -m effdet_jax.main --workdir={workdir} --mode=eval')
+    say(f'start from: python -m effdet_jax.main --config=... --workdir=runs/new --config.train.init_from={workdir}')
