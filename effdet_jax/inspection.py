@@ -23,6 +23,7 @@ SAMPLE = 200  # images looked at before training, where each would have to be re
 ALL = sys.maxsize
 ADVICE_OBJECTS = 20_000  # anchor scales are tried on so many objects, evenly spread
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+WORTH_SAYING = 0.05  # of the objects without a fitting anchor; fewer are told by check_data alone
 WORTH_ADVICE = 0.01  # of the objects; a scale that fits fewer more is not worth a change
 SIDES = (8, 16, 32, 64, 128, 256, 512)  # square root of the area, network pixels
 RATIOS = (1 / 4, 1 / 2, 2, 4)  # width / height
@@ -87,7 +88,7 @@ def inspect(config: Any, images: bool = False) -> Inspection:
         try:
             sources[split] = data.open_source(d.source, name, class_names, faulty=True)
         except UserError as error:
-            findings[split].append(Finding('unreadable_annotations', d.source, str(error)))
+            findings[split].append(Finding('unreadable_annotations', '', str(error), advice=''))  # it has its own
     return inspect_sources(config, sources, findings, images)
 
 
@@ -138,7 +139,8 @@ def check_before_training(config: Any, train: data.CheckableSource, evaluation: 
         raise UserError(f'{fatal[0].message} (see {_command()})')
     if found.count('error') + found.count('warning'):
         counts = ' and '.join(counted(found.count(severity), severity) for severity in ('error', 'warning'))
-        say(f'data: {counts}; to see all of them: {_command()}')
+        sample = f' in {SAMPLE} images of a split' if any(x.sampled for x in found.listings.values()) else ''
+        say(f'data: {counts}{sample}; to see all: {_command()}')
 
 
 def counted(number: int, what: str) -> str:
@@ -147,15 +149,15 @@ def counted(number: int, what: str) -> str:
 
 
 def summary(found: Inspection) -> list[str]:
-    """A line for each kind of fault and split: how many, where (the first few), what is done."""
-    return [
-        f'{kind.severity}: {split}: {len(of_split):,} x {kind.what}: '
-        f'{first_few(_places(of_split), 3)}: {kind.advice}'
-        for name, kind in KINDS.items()
-        if kind.severity != 'note'
-        for split, of_split in found.of_kind(name).items()
-        if of_split
-    ]  # fmt: skip
+    """A line for each kind of error and warning and each split: how many, where (the first few), what is done."""
+    lines = []
+    for name, kind in KINDS.items():
+        for split, of_split in found.of_kind(name).items():
+            few = name == 'unmatched_object' and len(of_split) < WORTH_SAYING * len(found.listings[split].labels)
+            if of_split and kind.severity != 'note' and not few:
+                places = first_few(_places(of_split), 3)
+                lines.append(f'{kind.severity}: {split}: {len(of_split):,} x {kind.what}: {places}: {kind.advice}')
+    return lines
 
 
 def anchor_fit(config: Any, listing: data.Listing) -> AnchorFit | None:

@@ -189,7 +189,7 @@ def test_a_training_starts_with_a_summary(csv_files):
         open_sources(c)
     assert printed.get().splitlines() == [
         'data: warning: train: 1 x box without area: a.png: dropped in training: remove or redraw it',
-        'data: 0 errors and 1 warning; to see all of them: python -m effdet_jax.check_data --config=FILE',
+        'data: 0 errors and 1 warning; to see all: python -m effdet_jax.check_data --config=FILE',
     ]
 
 

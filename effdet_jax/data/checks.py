@@ -60,7 +60,10 @@ DROPPED = ('inverted_box', 'box_outside', 'box_without_area')
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault. where: file and object. box_xyxy: as annotated, in pixels of the original image."""
+    """One fault. where: file and object. box_xyxy: as annotated, in pixels of the original image.
+
+    advice: None for that of the kind.
+    """
 
     kind: str
     where: str
@@ -69,11 +72,13 @@ class Finding:
     label: str = ''
     box_xyxy: tuple[float, ...] | None = None
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    advice: str | None = None
 
     @property
     def message(self) -> str:
         """One line: where, what, what to do."""
-        return printable(f'{self.where}: {self.detail}: {KINDS[self.kind].advice}')
+        advice = KINDS[self.kind].advice if self.advice is None else self.advice
+        return printable(': '.join(filter(None, (self.where, self.detail, advice))))
 
 
 def find_box_faults(
