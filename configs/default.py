@@ -57,6 +57,7 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 class_names=(),  # empty: taken from the data
                 category_ids=(),  # of the classes in COCO results; empty: taken from the data
                 max_boxes=100,  # per image, in training
+                max_unreadable=0.01,  # share of the images that may be unreadable before the run stops
                 threads=2,  # that decode and resize, per host
                 prefetch=16,  # batches
             ),

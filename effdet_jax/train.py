@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from effdet_jax import config as run_config
-from effdet_jax import data, evaluate
+from effdet_jax import data, evaluate, inspection
 from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import build_model
@@ -34,7 +34,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     """
     run = build(config, workdir)
     say(f'{run.name}: {run.total_steps} steps of {run.batch_size} images on {parallel.describe_devices()}')
-    state, pending, waiting, left_out, metrics = run.state, [], Waiting(), 0, {}
+    state, pending, waiting, left_out, replaced, metrics = run.state, [], Waiting(), 0, 0, {}
     with (
         contextlib.closing(run.checkpoints),  # an interrupted run, too, waits for the one that is being written
         MetricsLog(workdir / parallel.host_folder(), run.first_step) as log,
@@ -47,6 +47,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
             state, step_metrics = run.train_step(state, parallel.shard(batch), step - 1 < run.thaw_step)
             pending.append(step_metrics)
             left_out += int(batch['dropped'].sum())
+            replaced += run.unreadable.count(batch['unreadable'])
             jax.block_until_ready(pending[-2:][0])  # the host runs one step ahead of the device, and no further
             if step == run.first_step + 1:
                 say(f'compiled in {waiting.elapsed():.0f} s')
@@ -61,10 +62,11 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
                 means['images_per_second'] = waiting.per_second()
                 means['waiting_for_data'] = waiting.share()
                 means['boxes_left_out'] = left_out  # of images with more than config.dataset.max_boxes
+                means['images_replaced'] = replaced  # that cannot be read
                 log.write(step, {f'train/{name}': mean for name, mean in means.items()})
                 progress.update(step, {shown: means[name] for shown, name in SHOWN.items()})
                 pending.clear()
-                left_out = 0
+                left_out = replaced = 0
                 waiting.reset()
             if evaluates:
                 metrics, found = run.evaluate(state.best_variables)
@@ -98,6 +100,7 @@ class Run:
     workdir: Path
     eval_source: data.Source
     batches: Iterator[dict[str, np.ndarray]]
+    unreadable: data.Unreadable
     state: TrainState  # replicated
     train_step: Callable
     evaluate: Callable
@@ -153,6 +156,8 @@ def build(config: Any, workdir: Path) -> Run:
         )
     )  # fmt: skip
 
+    unreadable = data.Unreadable(train_source, c.dataset.max_unreadable, say)
+
     optimizer, schedule = make_optimizer(c, steps_per_epoch, total_steps)
     train_step = parallel.map_devices(
         make_train_step(c, model, optimizer, schedule, anchors_N4), donate=(0,), static=(2,)
@@ -188,19 +193,18 @@ def build(config: Any, workdir: Path) -> Run:
         batches.set_state(restored.data_position)
         say(f'continuing {workdir} from step {first_step} of {total_steps}')
     return Run(
-        name, run_config.to_json(config), workdir, eval_source, batches, parallel.replicate(state), train_step,
-        evaluate_all, checkpoints, first_step, total_steps, t.batch_size, thaws_at, log_interval, evaluation_steps,
-        save_steps, num_pictures,
+        name, run_config.to_json(config), workdir, eval_source, batches, unreadable, parallel.replicate(state),
+        train_step, evaluate_all, checkpoints, first_step, total_steps, t.batch_size, thaws_at, log_interval,
+        evaluation_steps, save_steps, num_pictures,
     )  # fmt: skip
 
 
-def open_sources(config: Any) -> tuple[data.Source, data.Source]:
-    """(training, evaluation) data, with the same classes."""
+def open_sources(config: Any) -> tuple[data.CheckableSource, data.CheckableSource]:
+    """(training, evaluation) data, with the same classes. Prints what the labels alone tell is wrong with them."""
     d = config.dataset
     train_source = data.open_source(d.source, d.train_split, d.class_names)
     eval_source = data.open_source(d.source, d.eval_split, train_source.class_names)
-    for note in dict.fromkeys((*train_source.notes, *eval_source.notes)):
-        say(f'note: {note}')
+    inspection.check_before_training(config, train_source, eval_source)
     return train_source, eval_source
 
 

@@ -1,5 +1,6 @@
 """Commands as a user starts them: the exit code, and one line that says what to do."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,12 +45,14 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message):
     assert not (ROOT / 'W').exists()
 
 
-@pytest.mark.parametrize('command', ['main', 'predict'])
-def test_help_is_no_failure(command):
+@pytest.mark.parametrize(
+    ('command', 'flag'), [('main', '--workdir'), ('predict', '--workdir'), ('check_data', '--out')]
+)
+def test_help_is_no_failure(command, flag):
     code, out, _ = start(command, '--help')
     assert code == 0
     assert f'python -m effdet_jax.{command} ' in out
-    assert '--workdir' in out
+    assert flag in out
 
 
 def test_missing_data_is_one_line_that_says_how_to_get_it(tmp_path):
@@ -78,3 +81,18 @@ def test_predict_needs_a_run_and_images(arguments, code, message):
     assert message in error
     assert error.count('\n') == 1
     assert not (ROOT / 'W').exists()
+
+
+def test_check_data_fails_where_there_is_an_error_and_writes_only_what_it_is_told_to(tmp_path):
+    (tmp_path / 'boxes.csv').write_text('image,xmin,ymin,xmax,ymax,label\nmissing.png,1,1,9,9,star\n')
+    config = ('--config=configs/d0.py', '--config.dataset.train_split=0:9', '--config.dataset.eval_split=9:12')
+    code, out, error = start('check_data', *config, f'--config.dataset.train_split=csv:{tmp_path}/boxes.csv',
+                             f'--out={tmp_path}/found')  # fmt: skip
+    assert (code, error) == (1, '')
+    assert 'missing.png: there is no such file: add it' in out
+    found = json.loads((tmp_path / 'found' / 'check.json').read_text())['findings']
+    assert [f['file'] for f in found if f['kind'] == 'missing_image'] == [f'{tmp_path}/missing.png']
+    code, out, error = start('check_data', *config)
+    assert (code, error) == (0, '')
+    assert '0 errors' in out
+    assert {path.name for path in tmp_path.iterdir()} == {'boxes.csv', 'found'}

@@ -9,6 +9,8 @@ import tiny
 
 from effdet_jax import data, evaluate
 from effdet_jax.detection.postprocess import Detections
+from effdet_jax.errors import UnreadableError, UserError
+from effdet_jax.records import metrics
 from effdet_jax.training import parallel
 
 NUM_IMAGES, MAX_BOXES = 10, 8  # in batches of four: the last one is half empty
@@ -85,11 +87,11 @@ def test_two_hosts_count_every_image_once_between_them(source, config, detect, m
     parts = []
     for host in range(2):
         monkeypatch.setattr(parallel, 'host', lambda host=host: (host, 2))
-        monkeypatch.setattr(parallel, 'gather_objects', lambda mine: parts.append(mine) or [mine])
+        monkeypatch.setattr(parallel, 'gather_objects', lambda part: parts.append(part) or [part])
         evaluate.make_evaluate(config, source, detect)(None)
-    assert sorted([*parts[0], *parts[1]]) == list(range(NUM_IMAGES))
+    assert sorted([*parts[0][0], *parts[1][0]]) == list(range(NUM_IMAGES))
 
-    monkeypatch.setattr(parallel, 'gather_objects', lambda mine: parts)
+    monkeypatch.setattr(parallel, 'gather_objects', lambda part: parts)
     numbers, found = evaluate.make_evaluate(config, source, detect)(None)
     assert list(found) == list(range(NUM_IMAGES))
     assert numbers['AP'] == pytest.approx(1, abs=1e-6)
@@ -109,3 +111,33 @@ def test_the_summary_has_a_row_for_every_class(source, config, detect):
     lines = evaluate.summary(numbers, source.class_names).splitlines()
     assert sum(line.startswith(f'| {name} ') for line in lines for name in source.class_names) == 5
     assert '| 1.000 |' in lines[2]
+
+
+def test_an_image_that_cannot_be_read_counts_as_one_in_which_nothing_is_found(source, config, detect, monkeypatch):
+    sound, _ = evaluate.make_evaluate(config, source, detect)(None)
+    read = type(source).__getitem__
+
+    def damaged(self, index):
+        if index == 1:
+            raise UnreadableError('1.jpg', 'damaged')
+        return read(self, index)
+
+    boxes = [source.annotations(i) for i in range(NUM_IMAGES)]
+    monkeypatch.setattr(tiny.ManySizes, 'annotations', lambda self, index: boxes[index])
+    monkeypatch.setattr(tiny.ManySizes, '__getitem__', damaged)
+
+    def finds_something_everywhere(variables, images, valid_size):
+        found = detect(variables, images, valid_size)
+        return found._replace(labels=found.labels.at[:, :, 0].max(0))
+
+    config.dataset.max_unreadable = 0.1  # one of ten
+    with metrics.console.capture() as printed:
+        numbers, found = evaluate.make_evaluate(config, source, finds_something_everywhere)(None)
+    assert '1.jpg: damaged' in printed.get() and printed.get().count('\n') >= 1
+    assert (sound['images_unreadable'], numbers['images_unreadable']) == (0, 1)
+    assert len(found) == NUM_IMAGES and len(found[1][1].labels) == 0 < len(found[1][0].labels)
+    assert numbers['AR100'] < sound['AR100']
+    assert list(evaluate.draw(source, found, 2)) == ['000000', '000002']
+    config.dataset.max_unreadable = 0.09
+    with pytest.raises(UserError, match=r'1 of 10 images cannot be read, more than .*=0\.09 allows: 1\.jpg'):
+        evaluate.make_evaluate(config, source, detect)(None)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ from effdet_jax.training.optimizer import make_optimizer
 from effdet_jax.training.state import init_state, init_variables
 
 pytestmark = pytest.mark.usefixtures('depthwise_by_xla')
-TRAIN = {'loss', 'class_loss', 'box_loss', 'l2_loss', 'learning_rate', 'gradient_norm', 'positives', 'boxes_left_out'}
+TRAIN = {
+    'loss', 'class_loss', 'box_loss', 'l2_loss', 'learning_rate', 'gradient_norm', 'positives', 'boxes_left_out',
+    'images_replaced',
+}  # fmt: skip
 SPEED = {'images_per_second', 'waiting_for_data'}  # the only numbers that differ from run to run
 INTERRUPTED_AT = 3  # in the frozen epoch, one step after a checkpoint
 
@@ -276,3 +280,21 @@ def test_an_unreadable_image_ends_training_with_its_name(tmp_path):
     c.dataset.update(source=f'csv:{tmp_path}/boxes.csv', train_split='', eval_split='', class_names=CLASS_NAMES)
     with pytest.raises(UserError, match=r'broken\.png'):
         train.train_and_evaluate(c, tmp_path / 'run')
+
+
+def test_a_few_unreadable_images_are_replaced_named_once_and_counted(tmp_path):
+    rows = ['image,xmin,ymin,xmax,ymax,label']
+    for index in range(16):  # as many as `tiny.config` has, so that its compiled step is used
+        cv2.imwrite(str(tmp_path / f'{index}.png'), np.full((64, 64, 3), 15 * index, np.uint8))
+        rows.append(f'{index}.png,8,8,40,40,star')
+    (tmp_path / '5.png').write_bytes((tmp_path / '5.png').read_bytes()[:60])
+    (tmp_path / 'boxes.csv').write_text('\n'.join(rows))
+    c = tiny.config()
+    c.dataset.update(source=f'csv:{tmp_path}/boxes.csv', train_split='', max_unreadable=0.1)
+    c.dataset.update(eval_split='shapes@1000000:1000006', class_names=CLASS_NAMES)
+    with metrics.console.capture() as printed:
+        train.train_and_evaluate(c, tmp_path / 'run')
+    assert printed.get().count('5.png: ') == 1
+    assert 'warning: replaced by the next image: ' in printed.get()
+    rows = [row for row in read_metrics(tmp_path / 'run' / 'metrics.jsonl') if 'train/loss' in row]
+    assert sum(row['train/images_replaced'] for row in rows) == 2  # in each of two epochs

@@ -32,7 +32,6 @@ class ManySizes:
 
     class_names = shapes.CLASS_NAMES
     category_ids = (1, 2, 3, 4, 5)
-    notes = ()
 
     def __init__(self, length):
         self._length = length

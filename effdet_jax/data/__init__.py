@@ -1,22 +1,28 @@
 """Data on the host: from files and drawings to batches of NumPy arrays. Nothing here imports jax."""
 
-from effdet_jax.data.checks import Faults, clean, describe
+from effdet_jax.data.checks import KINDS, Finding, clean
 from effdet_jax.data.example import Annotations, Example
-from effdet_jax.data.pipeline import EvalBatch, eval_batches, train_batches
-from effdet_jax.data.sources import Source, open_source, resolve_split
+from effdet_jax.data.listing import Listing
+from effdet_jax.data.pipeline import EvalBatch, Unreadable, check_unreadable, eval_batches, load, train_batches
+from effdet_jax.data.sources import CheckableSource, Source, open_source, resolve_split
 from effdet_jax.data.transforms import decode, image_size, read_image, resize_and_pad
 
 __all__ = [
+    'KINDS',
     'Annotations',
+    'CheckableSource',
     'EvalBatch',
     'Example',
-    'Faults',
+    'Finding',
+    'Listing',
     'Source',
+    'Unreadable',
+    'check_unreadable',
     'clean',
     'decode',
-    'describe',
     'eval_batches',
     'image_size',
+    'load',
     'open_source',
     'read_image',
     'resize_and_pad',

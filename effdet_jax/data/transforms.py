@@ -5,6 +5,7 @@ pad is the mean colour only after normalising (spec 9).
 """
 
 import io
+import stat
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,18 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
 
-from effdet_jax.errors import UserError
+from effdet_jax.errors import UnreadableError
+
+# What an image may claim to be before any of it is decoded: 537 MB as RGB. Far above any camera; a bomb claims more.
+MAX_PIXELS = 178_956_970
+MAX_BYTES = 2**31 - 1  # of a file; OpenCV's decoders take no more
+
+# Read by OpenCV, and by Pillow, which tells their size from the header. A format of which only one of them knows is
+# refused: either its size is unknown until it is decoded, or its decoder is one that few have tested.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'AVIF', 'JPEG2000', 'PPM', 'SUN')
+
+# Of a damaged image OpenCV prints several lines; ours is one, and names the file.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def decode(encoded: bytes, name: str, *, upright: bool = False) -> UInt8[np.ndarray, 'H W 3']:
@@ -20,19 +32,19 @@ def decode(encoded: bytes, name: str, *, upright: bool = False) -> UInt8[np.ndar
 
     Grey becomes three equal channels, 16 bits become 8, transparent pixels are laid on white, as viewers show them.
     The orientation in a photograph's EXIF data is ignored, because annotations refer to the stored pixels, unless
-    `upright`. `name` is for the message of the UserError that an undecodable, empty or enormous image raises.
+    `upright`. `name` is for the message of the UnreadableError that an undecodable, empty or enormous image raises.
     """
     header = _open_header(encoded, name)
-    if header is not None and (header.mode in ('RGBA', 'LA', 'PA') or 'transparency' in header.info):
+    if header.mode in ('RGBA', 'LA', 'PA') or 'transparency' in header.info:
         return _on_white(header, name, upright)
     # IMREAD_COLOR_RGB: three channels of 8 bits, whatever the file holds
     flags = cv2.IMREAD_COLOR_RGB if upright else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image_HW3 = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
-        raise UserError(f'{name}: cannot be decoded ({error.err}): replace or remove the file') from error
+        raise UnreadableError(name, f'cannot be decoded ({error.err})') from error
     if image_HW3 is None:
-        raise UserError(f'{name}: not an image that can be decoded: replace or remove the file')
+        raise UnreadableError(name, 'not an image that can be decoded')
     return image_HW3
 
 
@@ -42,19 +54,25 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, 'H W 3']:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file; a UserError where it cannot be read."""
+    """The content of a regular file of at most MAX_BYTES; an UnreadableError where it cannot be read."""
+    path = Path(path)
     try:
-        return Path(path).read_bytes()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # of a device or a pipe one could read for ever
+            raise UnreadableError(path, 'not a regular file')
+        if status.st_size > MAX_BYTES:
+            raise UnreadableError(path, f'{status.st_size:,} bytes, more than {MAX_BYTES:,}')
+        return path.read_bytes()
     except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror}): check the path and its permissions') from error
+        reason = f'cannot be read ({error.strerror})'
+        raise UnreadableError(path, reason, 'check the path and its permissions') from error
+    except ValueError as error:  # a NUL, half a character
+        raise UnreadableError(repr(str(path)), f'no file can have this name ({error})', 'correct it') from error
 
 
 def image_size(encoded: bytes, name: str) -> tuple[int, int]:
-    """(height, width) of the stored pixels, from the header alone where the format is a common one."""
+    """(height, width) of the stored pixels, from the header alone. Raises UnreadableError as `decode`."""
     header = _open_header(encoded, name)
-    if header is None:
-        height, width, _ = decode(encoded, name).shape
-        return height, width
     return header.height, header.width
 
 
@@ -128,22 +146,28 @@ def _scale_boxes(boxes_M4: np.ndarray, size: tuple[int, int], new_size: tuple[in
     return normalized_M4 * np.array([*new_size, *new_size], np.float32)
 
 
-def _open_header(encoded: bytes, name: str) -> Image.Image | None:
-    """The image not yet decoded; None for the formats that OpenCV knows and Pillow does not."""
+def _open_header(encoded: bytes, name: str) -> Image.Image:
+    """The image not yet decoded, of a known format and a bearable size."""
     if not encoded:
-        raise UserError(f'{name}: the file is empty: replace or remove it')
+        raise UnreadableError(name, 'the file is empty')
     try:
-        return Image.open(io.BytesIO(encoded))
+        header = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise UserError(f'{name}: more than 178 megapixels, probably damaged: scale it down or remove it') from error
-    except OSError:
-        return None
+        raise UnreadableError(name, _ENORMOUS, 'scale it down or remove it') from error
+    except Exception as error:  # Pillow's readers raise what they like on damaged headers
+        raise UnreadableError(name, f'not an image that can be decoded, of {", ".join(FORMATS)}') from error
+    if header.height * header.width > MAX_PIXELS:
+        raise UnreadableError(name, _ENORMOUS, 'scale it down or remove it')
+    return header
 
 
 def _on_white(image: Image.Image, name: str, upright: bool) -> np.ndarray:
     try:
         image = (ImageOps.exif_transpose(image) if upright else image).convert('RGBA')
-    except (OSError, SyntaxError) as error:
-        raise UserError(f'{name}: cannot be decoded ({error}): replace or remove the file') from error
+    except Exception as error:  # as above; convert is what decodes
+        raise UnreadableError(name, f'cannot be decoded ({error})') from error
     white = Image.new('RGBA', image.size, 'white')
     return np.asarray(Image.alpha_composite(white, image).convert('RGB'))
+
+
+_ENORMOUS = f'more than {MAX_PIXELS // 10**6} megapixels, probably damaged'

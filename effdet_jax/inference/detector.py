@@ -19,8 +19,6 @@ from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet, build_model
 from effdet_jax.records import checkpoint
 
-MIN_LEVEL = 3
-
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
@@ -123,7 +121,7 @@ def make_detect(config: Any, model: EfficientDet) -> Callable[[Any, Array, Array
 def image_anchors(config: Any) -> Float[np.ndarray, 'N 4']:
     """The anchors of the config's input size."""
     a, size = config.model.anchors, tuple(config.image.size)
-    levels = anchors.level_sizes(size, MIN_LEVEL, config.model.max_level)
+    levels = anchors.level_sizes(size, anchors.MIN_LEVEL, config.model.max_level)
     return anchors.make_anchors(levels, size, a.scale, a.octaves, a.aspect_ratios)
 
 

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from effdet_jax.data import Annotations, Example, eval_batches, open_source, train_batches, transforms
-from effdet_jax.errors import UserError
+from effdet_jax.data import Annotations, Example, Unreadable, eval_batches, open_source, train_batches, transforms
+from effdet_jax.errors import UnreadableError, UserError
 
 BCCD = Path(__file__).parents[3] / 'shared' / 'data' / 'bccd'
 
@@ -17,7 +17,6 @@ class Numbered:
 
     class_names = ('thing',)
     category_ids = (1,)
-    notes = ()
 
     def __init__(self, length: int):
         self._length = length
@@ -65,6 +64,7 @@ def test_batch_has_the_documented_arrays():
         'labels': ((4, 5), 'int32'),
         'index': ((4,), 'int32'),
         'dropped': ((4,), 'int32'),
+        'unreadable': ((4,), 'int32'),
     }
 
 
@@ -162,17 +162,91 @@ def test_evaluation_annotations_are_the_whole_truth():
     assert tuple(batch.valid_size[3]) == valid_size and batch.image_scale[3] == np.float32(image_scale)
 
 
-@pytest.mark.parametrize('read', [batches, lambda s: eval_batches(s, image_size=(16, 16), batch_size=2)])
-def test_corrupt_image_is_named_by_the_one_who_asks_for_batches(read, tmp_path):
-    for folder in ('Annotations', 'ImageSets/Main', 'JPEGImages'):
-        (tmp_path / folder).mkdir(parents=True)
+class Damaged(Numbered):
+    """Of which some images cannot be read."""
+
+    def __init__(self, length: int, *damaged: int):
+        super().__init__(length)
+        self._damaged = damaged
+
+    def __getitem__(self, index: int) -> Example:
+        if index in self._damaged:
+            raise UnreadableError(f'{index}.jpg', 'damaged')
+        return super().__getitem__(index)
+
+
+def test_an_image_that_cannot_be_read_is_replaced_by_the_next_one():
+    sound, damaged = (take(batches(source), 10) for source in (Numbered(10), Damaged(10, 3, 9, 0)))
+    next_one = {3: 4, 9: 1, 0: 1}
+    for batch, expected in zip(damaged, sound, strict=True):
+        meant = expected['index'].tolist()
+        assert batch['index'].tolist() == [next_one.get(index, index) for index in meant]
+        assert batch['unreadable'].tolist() == [index if index in next_one else -1 for index in meant]
+        for place, index in enumerate(batch['index']):
+            assert batch['image'][place].max() == index  # the grey level
+
+
+def test_replacement_depends_neither_on_hosts_nor_threads_nor_on_where_one_starts():
+    source = Damaged(10, 3, 4)
+    whole = take(batches(source), 6)
+    hosts = [batches(source, batch_size=2, host=h, num_hosts=2, threads=h) for h in range(2)]
+    for batch in whole:
+        for h, host in enumerate(hosts):
+            assert_equal(next(host), {name: array[h::2] for name, array in batch.items()})
+    late = batches(source)
+    late.set_state({'next_index': 4})
+    assert_equal(next(late), whole[4])
+
+
+def test_too_many_in_a_row_end_it():
+    with pytest.raises(
+        UserError, match=r'11 images in a row cannot be read, from image \d+ on; the first: \d+\.jpg: damaged'
+    ):
+        take(batches(Damaged(40, *range(40))), 1)
+
+
+def test_replaced_images_are_named_once_and_limited():
+    said: list[str] = []
+    unreadable = Unreadable(Damaged(10, 3, 7, 8), 0.2, said.append)
+    assert unreadable.count(np.array([-1, 3, -1, 3])) == 2
+    assert unreadable.count(np.array([7, 3, -1, -1])) == 2
+    assert unreadable.count(np.array([-1, -1, -1, -1])) == 0
+    assert said == [
+        f'warning: replaced by the next image: {index}.jpg: damaged: replace or remove the file' for index in (3, 7)
+    ]
+    with pytest.raises(UserError, match=r'^3 of 10 images cannot be read, more than .*=0\.2 allows: 3\.jpg.*8\.jpg'):
+        unreadable.count(np.array([8]))
+
+
+def test_an_evaluated_image_that_cannot_be_read_is_black_and_says_why():
+    source = Damaged(6, 3)
+    first, second = eval_batches(source, image_size=(16, 24), batch_size=4)
+    assert first.errors == ('', '', '', '3.jpg: damaged: replace or remove the file') and second.errors == ('', '')
+    assert not first.image[3].any() and first.mask.all() and first.index.tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(first.annotations[3].boxes_yxyx, source.annotations(3).boxes_yxyx)
+
+
+def corrupted(folder: Path) -> str:
+    """A good image and a JPEG of which no more than the beginning is left."""
+    for name in ('Annotations', 'ImageSets/Main', 'JPEGImages'):
+        (folder / name).mkdir(parents=True)
     for stem in ('good', 'bad'):
-        (tmp_path / 'Annotations' / f'{stem}.xml').write_text('<annotation></annotation>')
-        cv2.imwrite(str(tmp_path / 'JPEGImages' / f'{stem}.jpg'), np.zeros((8, 8, 3), np.uint8))
-    (tmp_path / 'JPEGImages' / 'bad.jpg').write_bytes(b'\xff\xd8\xff\xe0 no more than a beginning')
-    (tmp_path / 'ImageSets' / 'Main' / 'all.txt').write_text('good\nbad\n')
-    with pytest.raises(UserError, match=r'bad\.jpg: not an image that can be decoded'):
-        take(read(open_source(f'voc:{tmp_path}@all')), 5)
+        (folder / 'Annotations' / f'{stem}.xml').write_text('<annotation></annotation>')
+        cv2.imwrite(str(folder / 'JPEGImages' / f'{stem}.jpg'), np.full((8, 8, 3), 200, np.uint8))
+    (folder / 'JPEGImages' / 'bad.jpg').write_bytes(b'\xff\xd8\xff\xe0 no more than a beginning')
+    (folder / 'ImageSets' / 'Main' / 'all.txt').write_text('good\nbad\n')
+    return f'voc:{folder}@all'
+
+
+def test_a_corrupt_file_takes_the_same_ways(tmp_path):
+    source, said = open_source(corrupted(tmp_path)), []
+    unreadable = Unreadable(source, 0.5, said.append)
+    for batch in take(batches(source), 3):
+        assert (batch['index'] == 0).all()
+        assert unreadable.count(batch['unreadable']) == 2
+    assert len(said) == 1 and 'bad.jpg: not an image that can be decoded' in said[0]
+    (batch,) = eval_batches(source, image_size=(16, 16), batch_size=2)
+    assert batch.errors[0] == '' and 'bad.jpg: not an image' in batch.errors[1]
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason=f'no photographs: {BCCD} is absent')

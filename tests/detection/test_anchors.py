@@ -1,10 +1,12 @@
 import goldens
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effdet_jax.detection.anchors import PAIR_RATIOS, SQRT_RATIOS, level_sizes, make_anchors
+from effdet_jax.detection import boxes as box_ops
+from effdet_jax.detection.anchors import PAIR_RATIOS, SQRT_RATIOS, best_ious, level_sizes, make_anchors
 
 D0 = (512, 512)
 
@@ -57,3 +59,14 @@ def test_strides_may_differ_per_axis():
 def test_each_level_is_half_of_the_one_below_rounded_up(size, max_level):
     ((height, width),) = level_sizes((size, 2 * size), max_level, max_level)
     assert (height, width) == (-(-size // 2**max_level), -(-2 * size // 2**max_level))
+
+
+@pytest.mark.parametrize(('size', 'scale', 'ratios'), [((128, 160), 4.0, SQRT_RATIOS), ((100, 65), 1.5, PAIR_RATIOS)])
+def test_the_best_iou_is_that_of_all_anchors_tried(size, scale, ratios):
+    rng = np.random.default_rng(0)
+    center_M2, side_M2 = rng.uniform(0, size, (300, 2)), np.exp(rng.uniform(0, 5.5, (300, 2)))
+    boxes = np.concatenate([center_M2 - side_M2 / 2, center_M2 + side_M2 / 2], axis=1).astype(np.float32)
+    levels = level_sizes(size, 3, 7)
+    anchors = make_anchors(levels, size, scale, aspect_ratios=ratios)
+    tried = np.asarray(box_ops.iou(jnp.asarray(anchors)[None], jnp.asarray(boxes)[:, None])).max(1)
+    np.testing.assert_allclose(best_ious(boxes, levels, size, scale, aspect_ratios=ratios), tried, atol=1e-5)

@@ -1,0 +1,180 @@
+"""All images of a split and all their objects in flat arrays, exactly as the files describe them: nothing is mended."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from effdet_jax.data.checks import Finding
+from effdet_jax.data.example import Annotations
+
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, how many, description): shows the progress
+
+
+class ImageRow(NamedTuple):
+    """where: what the number of an object is appended to, to say where it stands ('a.xml: object ', 'table.csv:')."""
+
+    image_id: int | str
+    file: str
+    where: str
+    size: tuple[int, int] = (0, 0)  # height, width; 0: the annotations do not say
+
+
+class ObjectRow(NamedTuple):
+    """image: place of its image in the list of images. number: annotation id, line, or place in the file, from 1."""
+
+    image: int
+    box_yxyx: tuple[float, float, float, float]
+    label: int
+    number: int
+    area: float = math.nan
+    is_crowd: bool = False
+    is_difficult: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """I images with M objects, in the order of the images.
+
+    indices: of the images in their source. faults: what could not be read and is left out. sampled: whether only some
+    of the images were looked at.
+    """
+
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    images: tuple[ImageRow, ...]
+    indices: Int[np.ndarray, 'I']
+    sizes: Int[np.ndarray, 'I 2']
+    image_of: Int[np.ndarray, 'M']
+    boxes_yxyx: Float[np.ndarray, 'M 4']
+    labels: Int[np.ndarray, 'M']
+    numbers: Int[np.ndarray, 'M']
+    areas: Float[np.ndarray, 'M']
+    is_crowd: Bool[np.ndarray, 'M']
+    is_difficult: Bool[np.ndarray, 'M']
+    faults: tuple[Finding, ...]
+    sampled: bool = False
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Image i has the objects from starts[i] to starts[i + 1]."""
+        return np.searchsorted(self.image_of, np.arange(len(self.images) + 1))
+
+    def where(self, number: int) -> str:
+        """File and place of an object."""
+        return f'{self.images[self.image_of[number]].where}{self.numbers[number]}'
+
+
+def make_listing(
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+    images: Sequence[ImageRow],
+    objects: Sequence[ObjectRow],
+    faults: Sequence[Finding] = (),
+) -> Listing:
+    """`objects` may come in any order; those of an image keep theirs."""
+    columns = zip(*objects, strict=True) if objects else [()] * len(ObjectRow._fields)
+    image_M, boxes, labels, numbers, areas, crowds, difficult = columns
+    order_M = np.argsort(np.array(image_M, np.int64), kind='stable')
+    return Listing(
+        class_names=tuple(class_names),
+        category_ids=tuple(category_ids),
+        images=tuple(images),
+        indices=np.arange(len(images)),
+        sizes=np.array([image.size for image in images], np.int64).reshape(-1, 2),
+        image_of=np.array(image_M, np.int64)[order_M],
+        boxes_yxyx=np.array(boxes, np.float32).reshape(-1, 4)[order_M],
+        labels=np.array(labels, np.int32)[order_M],
+        numbers=np.array(numbers, np.int64)[order_M],
+        areas=np.array(areas, np.float32)[order_M],
+        is_crowd=np.array(crowds, bool)[order_M],
+        is_difficult=np.array(difficult, bool)[order_M],
+        faults=tuple(faults),
+    )
+
+
+def list_some(
+    read: Callable[[int], tuple[ImageRow, Annotations] | Finding],
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+    total: int,
+    most: int,
+    track: Track,
+) -> Listing:
+    """The listing of a source that must read or draw each image for it: of `most` images, evenly spread."""
+    images: list[ImageRow] = []
+    objects: list[ObjectRow] = []
+    faults: list[Finding] = []
+    read_indices: list[int] = []
+    indices = range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
+    for index in track(indices, len(indices), 'reading annotations'):
+        found = read(index)
+        if isinstance(found, Finding):
+            faults.append(found)
+            continue
+        row, a = found
+        columns = (a.boxes_yxyx, a.labels, range(1, len(a.labels) + 1), a.areas, a.is_crowd, a.is_difficult)
+        objects += [ObjectRow(len(images), *values) for values in zip(*columns, strict=True)]
+        images.append(row)
+        read_indices.append(index)
+    listing = make_listing(class_names, category_ids, images, objects, faults)
+    return dataclasses.replace(listing, indices=np.array(read_indices, np.int64), sampled=len(indices) < total)
+
+
+def join(listings: Sequence[Listing], lengths: Sequence[int]) -> Listing:
+    """The listings of sources of these lengths and the same classes, one after the other."""
+    first_index = np.cumsum([0, *lengths])
+    first_image = np.cumsum([0, *(len(listing.images) for listing in listings)])
+    arrays = {
+        field: np.concatenate([getattr(listing, field) for listing in listings])
+        for field in ('sizes', 'boxes_yxyx', 'labels', 'numbers', 'areas', 'is_crowd', 'is_difficult')
+    }
+    image_of = [listing.image_of + first for listing, first in zip(listings, first_image, strict=False)]
+    indices = [listing.indices + first for listing, first in zip(listings, first_index, strict=False)]
+    return dataclasses.replace(
+        listings[0],
+        **arrays,
+        image_of=np.concatenate(image_of),
+        indices=np.concatenate(indices),
+        images=tuple(image for listing in listings for image in listing.images),
+        faults=tuple(fault for listing in listings for fault in listing.faults),
+        sampled=any(listing.sampled for listing in listings),
+    )
+
+
+def finite_numbers(values: Any, count: int) -> list[float]:
+    """`count` numbers, none beyond 1e12 (areas of boxes then fit into float32); ValueError otherwise."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        numbers = []
+    if len(numbers) != count or not all(abs(number) <= 1e12 for number in numbers):
+        raise ValueError(f'expected {count} finite numbers, found {shortened(values)}')
+    return numbers
+
+
+def image_size_of(height: Any, width: Any) -> tuple[int, int]:
+    """(height, width) as annotated, (0, 0) where either is missing or not positive; ValueError for no number."""
+    try:
+        size = (int(float(height or 0)), int(float(width or 0)))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f'the size {shortened(width)} x {shortened(height)} is no number of pixels') from None
+    if max(size) >= 2**31:
+        raise ValueError(f'the size {shortened(width)} x {shortened(height)} is no number of pixels')
+    return size if min(size) > 0 else (0, 0)
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a file name from an annotation file leads out of the folder that it is relative to."""
+    # '.': the folder itself, and no file in it
+    return os.path.isabs(name) or os.path.normpath(name).partition(os.sep)[0] in (os.pardir, os.curdir)  # noqa: PTH117
+
+
+def shortened(value: Any, limit: int = 80) -> str:
+    """As Python writes it, but never a page of it."""
+    text = repr(value)
+    return text if len(text) <= limit else f'{text[:limit]}...'

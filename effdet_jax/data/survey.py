@@ -1,0 +1,196 @@
+"""What is wrong with a split: findings from its listing alone (cheap), and from its image files (all are decoded)."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from jaxtyping import Float
+
+from effdet_jax.data import transforms
+from effdet_jax.data.checks import DROPPED, KINDS, Finding, find_box_faults, mend_boxes
+from effdet_jax.data.listing import Listing, Track
+from effdet_jax.data.sources import CheckableSource
+from effdet_jax.errors import UnreadableError
+
+BestIous = Callable[[Float[np.ndarray, 'M 4']], Float[np.ndarray, 'M']]
+
+
+def check_labels(listing: Listing) -> list[Finding]:
+    """All that can be said without an image. Boxes of images of unknown size are never outside of them."""
+    return [
+        *listing.faults,
+        *_listed_twice(listing),
+        *_faulty_boxes(listing),
+        *_duplicates(listing),
+        *_without_objects(listing),
+        *(() if listing.sampled else _without_examples(listing)),
+    ]
+
+
+def check_training(
+    listing: Listing, max_boxes: int, image_size: tuple[int, int], best_ious: BestIous, threshold: float
+) -> list[Finding]:
+    """What a network would not learn as it should: too many objects in an image, objects that no anchor fits.
+
+    `best_ious` maps boxes yxyx in network pixels to the IoU with the anchor that fits best, at the size at which
+    evaluation sees them. Objects of images of unknown size are left out.
+    """
+    counts_I = np.bincount(listing.image_of[~listing.is_crowd], minlength=len(listing.images))
+    crowded = [
+        Finding(
+            'too_many_objects', listing.images[i].file, f'{counts_I[i]} objects, of which {max_boxes} are trained',
+            listing.images[i].file, values={'objects': int(counts_I[i]), 'max_boxes': max_boxes},
+        )
+        for i in np.flatnonzero(counts_I > max_boxes)
+    ]  # fmt: skip
+    numbers_K, boxes_K4 = network_boxes(listing, image_size)
+    iou_K = best_ious(boxes_K4)
+    _, faults = find_box_faults(listing.boxes_yxyx, listing.sizes[listing.image_of])
+    unmatched = []
+    for k in np.flatnonzero((iou_K < threshold) & ~faults['absurd_box'][numbers_K]):  # each box is told of once
+        height, width = (float(side) for side in boxes_K4[k, 2:] - boxes_K4[k, :2])
+        detail = (
+            f'no anchor fits: {width:.0f}x{height:.0f} pixels at the input, IoU {iou_K[k]:.2f} with its best anchor'
+        )
+        values = {'width': round(width, 1), 'height': round(height, 1), 'iou': round(float(iou_K[k]), 3)}
+        unmatched.append(_of_object('unmatched_object', listing, int(numbers_K[k]), detail, values))
+    return crowded + unmatched
+
+
+def network_boxes(listing: Listing, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers [K] of the objects that are trained, their boxes [K, 4] yxyx in network pixels, without jitter)."""
+    sizes_M2 = listing.sizes[listing.image_of]
+    boxes_M4, _, keep_M = mend_boxes(listing.boxes_yxyx, listing.areas, sizes_M2)
+    numbers_K = np.flatnonzero(keep_M & ~listing.is_crowd & (sizes_M2[:, 0] > 0))
+    scale_K = (np.array(image_size) / sizes_M2[numbers_K]).min(1).astype(np.float32)
+    return numbers_K, boxes_M4[numbers_K] * scale_K[:, None]
+
+
+def check_images(
+    source: CheckableSource, listing: Listing, track: Track
+) -> tuple[list[Finding], Listing, dict[str, str]]:
+    """Reads, hashes and decodes every image: (findings, the listing with the true sizes, {image: digest})."""
+
+    def look(index: int) -> tuple[str, tuple[int, int] | None, str]:
+        name = listing.images[index].file
+        try:
+            image = source.image(int(listing.indices[index]))
+            encoded = image if isinstance(image, bytes) else image.tobytes()
+            digest = hashlib.blake2b(encoded, digest_size=16).hexdigest()
+            size = image.shape[:2] if not isinstance(image, bytes) else transforms.decode(image, name).shape[:2]
+        except UnreadableError as error:
+            return error.reason, None, ''
+        return '', size, digest
+
+    findings, sizes_I2, digests = [], listing.sizes.copy(), {}
+    absent = {fault.image for fault in listing.faults if fault.kind == 'missing_image'}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        looked = threads.map(look, range(len(listing.images)))
+        for i, (reason, size, digest) in enumerate(track(looked, len(listing.images), 'reading images')):
+            file, stated = listing.images[i].file, tuple(listing.sizes[i].tolist())
+            if size is None:
+                findings += [] if file in absent else [Finding('unreadable_image', file, reason, file)]
+                continue
+            digests[file] = digest
+            sizes_I2[i] = size
+            if stated[0] and stated != size:
+                detail = f'the image is {size[1]}x{size[0]}, its annotations say {stated[1]}x{stated[0]}'
+                values = {'width': size[1], 'height': size[0], 'stated': stated[::-1]}
+                findings.append(Finding('another_size', file, detail, file, values=values))
+                sizes_I2[i] = stated  # what else is wrong with its boxes is told by the size they were made for
+    return findings, dataclasses.replace(listing, sizes=sizes_I2), digests
+
+
+def leaks(train: Listing, evaluation: Listing, digests: Mapping[str, str]) -> list[Finding]:
+    """Images of the evaluation split that are trained on: the same file, or with `digests` {image: hash} a copy."""
+
+    def identities(listing: Listing) -> dict[str, str]:
+        files = [image.file for image in listing.images]
+        return {file: digests.get(file) or os.path.normpath(file) for file in files}
+
+    trained = {same: file for file, same in identities(train).items()}
+    return [
+        Finding(
+            'image_in_both_splits', file, f'the same as {trained[same]} in the training split', file,
+            values={'trained_as': trained[same]},
+        )
+        for file, same in identities(evaluation).items()
+        if same in trained
+    ]  # fmt: skip
+
+
+def num_usable(listing: Listing) -> int:
+    """Objects that can be learned: neither dropped nor absurd, no crowds."""
+    _, faults = find_box_faults(listing.boxes_yxyx, listing.sizes[listing.image_of])
+    return int((~np.any([listing.is_crowd, *(faults[kind] for kind in (*DROPPED, 'absurd_box'))], axis=0)).sum())
+
+
+def _listed_twice(listing: Listing) -> Iterator[Finding]:
+    first: dict[str, int] = {}
+    for i, file in enumerate(image.file for image in listing.images):
+        if first.setdefault(file, i) != i:
+            yield Finding('image_listed_twice', file, f'it is image {first[file]} and image {i} of the split', file)
+
+
+def _faulty_boxes(listing: Listing) -> Iterator[Finding]:
+    sizes_M2 = listing.sizes[listing.image_of]
+    _, faults = find_box_faults(listing.boxes_yxyx, sizes_M2)
+    for kind, fault_M in faults.items():
+        for number in np.flatnonzero(fault_M):
+            height, width = sizes_M2[number].tolist()
+            inside = f' in an image of {width}x{height}' if height else ''
+            detail = f'{KINDS[kind].what}: {_corners(listing, int(number))}{inside}'
+            yield _of_object(kind, listing, int(number), detail)
+
+
+def _duplicates(listing: Listing) -> Iterator[Finding]:
+    """Same image, class and corners as an earlier one."""
+    # + 0: -0.0 becomes 0.0
+    columns = [listing.image_of, listing.labels, listing.is_crowd, *(listing.boxes_yxyx + 0).view(np.uint32).T]
+    hash_M = np.zeros(len(listing.labels), np.uint64)
+    for column in columns:  # one number for each row: sorting rows takes twenty times as long
+        hash_M = (hash_M ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        hash_M ^= hash_M >> np.uint64(29)
+    _, first_U, which_M = np.unique(hash_M, return_index=True, return_inverse=True)
+    first_M = first_U[which_M]
+    for number in np.flatnonzero(first_M != np.arange(len(first_M))):
+        other = int(listing.numbers[first_M[number]])
+        detail = f'{KINDS["duplicate_box"].what}, as number {other}: {_corners(listing, int(number))}'
+        yield _of_object('duplicate_box', listing, int(number), detail, {'same_as': other})
+
+
+def _without_objects(listing: Listing) -> Iterator[Finding]:
+    counts_I = np.bincount(listing.image_of, minlength=len(listing.images))
+    lost = {fault.image for fault in listing.faults}  # whose objects could not be read
+    for i in np.flatnonzero(counts_I == 0):
+        file = listing.images[i].file
+        if file not in lost:
+            yield Finding('image_without_objects', file, 'no objects', file)
+
+
+def _without_examples(listing: Listing) -> Iterator[Finding]:
+    counts_K = np.bincount(listing.labels, minlength=len(listing.class_names))
+    if num_usable(listing) == 0:
+        detail = f'{len(listing.labels)} objects, of which none can be learned'
+        yield Finding('no_objects', f'all {len(listing.images)} images', detail)
+        return
+    for label in np.flatnonzero(counts_K == 0):
+        name = listing.class_names[label]
+        yield Finding('class_without_examples', f'class {name}', 'no objects', label=name)
+
+
+def _of_object(kind: str, listing: Listing, number: int, detail: str, values: dict | None = None) -> Finding:
+    y1, x1, y2, x2 = listing.boxes_yxyx[number].tolist()
+    label = listing.class_names[listing.labels[number]]
+    file = listing.images[listing.image_of[number]].file
+    return Finding(
+        kind, f'{listing.where(number)} ({label})', detail, file, label, (x1, y1, x2, y2), values or {}
+    )  # fmt: skip
+
+
+def _corners(listing: Listing, number: int) -> str:
+    y1, x1, y2, x2 = listing.boxes_yxyx[number].tolist()
+    return f'xmin, ymin, xmax, ymax = {x1:g}, {y1:g}, {x2:g}, {y2:g}'

@@ -1,0 +1,137 @@
+"""Prepared TensorFlow datasets, read from their files alone: no TensorFlow, no network."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effdet_jax.data import checks, transforms
+from effdet_jax.data.checks import Finding
+from effdet_jax.data.example import Annotations, Example
+from effdet_jax.data.listing import ImageRow, Listing, Track, list_some
+from effdet_jax.errors import UnreadableError, UserError
+
+
+class Tfds:
+    """A dataset prepared by tensorflow_datasets, with features `image` and `objects {bbox, label, ...}`.
+
+    Read from its files alone: no TensorFlow, no network, not the code that made the dataset. Boxes are cleaned as they
+    are read, because their pixels are known only then.
+    """
+
+    faults = ()
+
+    def __init__(self, name: str, split: str, class_names: Sequence[str] = ()):
+        builder = _prepared(name)
+        self._records = _tfds_records(builder, name, split)
+        self._where = f'tfds:{name}@{split}'
+        names = tuple(builder.info.features['objects']['label'].names)
+        self.class_names = tuple(class_names) or names
+        self.category_ids = tuple(range(1, len(self.class_names) + 1))
+        # -1 stands for a class that `class_names` leaves out
+        self._names = names
+        self._label_of = np.array([self.class_names.index(n) if n in self.class_names else -1 for n in names], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        annotations, size, names = self._stated(record, index)
+        if (annotations.labels < 0).any():
+            raise UserError(self._unknown(annotations, names).message)
+        return Example(record['image'], checks.clean(annotations, size))
+
+    def image(self, index: int) -> bytes | np.ndarray:
+        """As it is stored."""
+        return self._records[index]['image']
+
+    def annotations(self, index: int) -> Annotations:
+        """The record is read, the image in it is not decoded."""
+        return self[index].annotations
+
+    def listing(self, most: int, track: Track) -> Listing:
+        """Of at most `most` records."""
+        return list_some(self._read, self.class_names, self.category_ids, len(self), most, track)
+
+    def _read(self, index: int) -> tuple[ImageRow, Annotations] | Finding:
+        try:
+            annotations, size, names = self._stated(self._records[index], index)
+        except UnreadableError as error:
+            return Finding('unreadable_image', f'{self._where}, record {index}', error.reason)
+        if (annotations.labels < 0).any():
+            return self._unknown(annotations, names)
+        if not np.isfinite(annotations.boxes_yxyx).all():
+            return Finding('malformed_annotation', annotations.file_name, 'a coordinate is no finite number')
+        name = annotations.file_name
+        return ImageRow(annotations.image_id, name, f'{name}: object ', size), annotations
+
+    def _unknown(self, annotations: Annotations, names: Sequence[str]) -> Finding:
+        label = names[int(np.argmin(annotations.labels))]
+        detail = f'label {label!r} is not among the class names ({", ".join(self.class_names)})'
+        return Finding('unknown_label', annotations.file_name, detail, label=label)
+
+    def _stated(self, record: Mapping[str, Any], index: int) -> tuple[Annotations, tuple[int, int], list[str]]:
+        """What the record says, with -1 as label where the class is not one of ours; size; names of the labels."""
+        image, objects = record['image'], record['objects']
+        file_name = _decoded(record.get('image/filename', ''))
+        where = f'{self._where}, {file_name or f"image {index}"}'
+        height, width = transforms.image_size(image, where) if isinstance(image, bytes) else image.shape[:2]
+        boxes_M4 = np.asarray(objects['bbox'], np.float32).reshape(-1, 4)
+        given_M = np.asarray(objects['label'], np.int64)
+        annotations = Annotations(
+            image_id=int(record['image/id']) if 'image/id' in record else Path(file_name).stem or index,
+            file_name=where,
+            boxes_yxyx=boxes_M4 * np.array([height, width, height, width], np.float32),
+            labels=self._label_of[given_M],
+            areas=np.asarray(objects.get('area', [np.nan] * len(given_M)), np.float32),
+            is_crowd=np.asarray(objects.get('is_crowd', [False] * len(given_M)), bool),
+            is_difficult=np.asarray(objects.get('is_difficult', [False] * len(given_M)), bool),
+        )
+        return annotations, (height, width), [self._names[given] for given in given_M]
+
+
+def _prepared(name: str) -> Any:
+    """The builder of a dataset on this disk, made from its metadata.
+
+    `tfds.builder` would run the dataset's own code instead, which for some (coco) needs TensorFlow.
+    """
+    from tensorflow_datasets.core import read_only_builder  # takes half a second: only those who need it
+
+    data_dir = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=str(Path(data_dir).expanduser()))
+    except ValueError as error:  # not found, or not a name
+        raise UserError(
+            f'{name} is not prepared in {data_dir}, run: pip install -r requirements-tensorflow.txt && python -c '
+            f"'import tensorflow_datasets as tfds; "
+            f'tfds.builder("{name}", file_format="array_record").download_and_prepare()\''
+        ) from error
+
+
+def _tfds_records(builder: Any, name: str, split: str) -> Sequence[dict[str, Any]]:
+    from tensorflow_datasets.core import decode
+
+    features = builder.info.features
+    objects = getattr(features['objects'], 'feature', {}) if 'objects' in features else {}
+    if 'image' not in features or not {'bbox', 'label'} <= set(objects):
+        raise UserError(f'{name} has the features {", ".join(features)}: needed are image and objects {{bbox, label}}')
+    if not split:
+        raise UserError(f'tfds:{name} needs a split: choose one of {", ".join(builder.info.splits)}')
+    try:
+        return builder.as_data_source(split=split, decoders={'image': decode.SkipDecoding()})
+    except NotImplementedError as error:
+        raise UserError(
+            f'{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, which cannot be read at '
+            f'random, run: pip install -r requirements-tensorflow.txt && tfds convert_format --dataset_version_dir='
+            f'{builder.data_dir} --out_file_format=array_record'
+        ) from error
+    except (ValueError, KeyError) as error:
+        splits = ', '.join(builder.info.splits)
+        raise UserError(f'tfds:{name} has no images in split {split!r}: choose of {splits}, or train[:90%]') from error
+
+
+def _decoded(text: str | bytes) -> str:
+    return text.decode() if isinstance(text, bytes) else text
