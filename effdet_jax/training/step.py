@@ -1,4 +1,7 @@
-"""One training step, written for one device of a mapped axis: batch in, new state and metrics out."""
+"""One training step, written for one device of a mapped axis: batch in, new state and metrics out.
+
+A batch whose loss or gradient is not finite changes nothing but the number of the step.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -103,9 +106,14 @@ def make_train_step(
         metrics['loss'] += metrics['l2_loss']
         metrics |= {
             'gradient_norm': optax.tree.norm(gradients),
-            'learning_rate': schedule(state.step),
+            'learning_rate': schedule(state.optimizer[-1].count),  # the optimizer's own count skips what is skipped
             'positives': num_positives,
         }
+        # Of all devices: these are sums over the axis, so every device decides alike.
+        finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
+        metrics['skipped_steps'] = 1.0 - finite
+        kept = (variables, ema, optimizer_state), (state.variables, state.ema, state.optimizer)
+        variables, ema, optimizer_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), *kept)
         return TrainState(state.step + 1, variables, ema, optimizer_state), metrics
 
     return train_step
