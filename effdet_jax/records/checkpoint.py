@@ -212,18 +212,19 @@ class Checkpoints:
 
     def _refused(self, error: Exception) -> None:
         """The disk took no checkpoint: clears away the attempt, so that there may be room for the next one."""
-        self._unsaved, step, self._in_writing = _one_line(error), self._in_writing, None
+        reason, step, self._in_writing = _one_line(error), self._in_writing, None
         for attempt in self.folder.glob('*.orbax-checkpoint-tmp*'):
             shutil.rmtree(attempt, ignore_errors=True)
         self._manager = self._open()  # it believes that the new one is there and that old ones are gone
         safe = self.latest_step()
         if safe is None:
             raise UserError(
-                f'the first checkpoint, of step {step}, could not be written ({self._unsaved}): make room on the disk '
+                f'the first checkpoint, of step {step}, could not be written ({reason}): make room on the disk '
                 f'of {self._workdir}, or choose another --workdir'
             ) from error
+        self._unsaved = reason
         say(
-            f'WARNING: the checkpoint of step {step} could not be written ({self._unsaved}): training goes on, step '
+            f'WARNING: the checkpoint of step {step} could not be written ({reason}): training goes on, step '
             f'{safe} is safe, and the next save tries again'
         )
 

@@ -79,7 +79,7 @@ def only_process(folder: Path) -> Iterator[None]:
     path = folder / '.lock'
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open('a+', encoding='utf-8')
+        file = path.open('a+b', buffering=0)
     except OSError as error:
         raise UserError(f'{folder} cannot be written ({error.strerror}): choose another --workdir') from error
     with file:
@@ -87,7 +87,7 @@ def only_process(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read().strip() or 'another process'
+            holder = file.read().decode() or 'another process'
             raise UserError(
                 f'{folder} is in use by {holder}: wait for it, stop it, or choose another --workdir'
             ) from error
@@ -95,6 +95,5 @@ def only_process(folder: Path) -> Iterator[None]:
             pass  # a file system without locks (some FUSE mounts): then it is up to the user
         with contextlib.suppress(OSError):  # the lock holds on a full disk too; only its name is missing then
             file.truncate(0)
-            file.write(f'process {os.getpid()} on {socket.gethostname()}')
-            file.flush()
+            file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
         yield

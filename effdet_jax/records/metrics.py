@@ -1,5 +1,6 @@
 """What a run says while it works: numbers into files, progress and tables onto the terminal."""
 
+import contextlib
 import io
 import json
 import math
@@ -191,7 +192,8 @@ def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]
 
 def say(line: str) -> None:
     """Prints, above the bar where there is one."""
-    console.out(line, highlight=False)
+    with contextlib.suppress(OSError):  # a full disk that takes the output, a terminal that is gone: no reason to end
+        console.out(line, highlight=False)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = '') -> str:
