@@ -3,6 +3,7 @@
 A batch whose loss or gradient is not finite changes nothing but the number of the step.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -112,11 +113,15 @@ def make_train_step(
         # Of all devices: these are sums over the axis, so every device decides alike.
         finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
         metrics['skipped_steps'] = 1.0 - finite
-        kept = (variables, ema, optimizer_state), (state.variables, state.ema, state.optimizer)
-        variables, ema, optimizer_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), *kept)
-        return TrainState(state.step + 1, variables, ema, optimizer_state), metrics
+        learned = TrainState(state.step + 1, variables, ema, optimizer_state)
+        return either(finite, learned, dataclasses.replace(state, step=state.step + 1)), metrics
 
     return train_step
+
+
+def either(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """One of two trees of arrays. `where` melts into the update that writes `yes` (experiments/reliability)."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def _sum_over(axis: str | None, tree: Any) -> Any:
