@@ -78,6 +78,7 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 batch_size=64,  # over all devices
                 accumulate=1,  # split each batch into so many parts, one after the other
                 ema_decay=0.9998,  # reached by (1 + t) / (10 + t); 0: no average
+                max_skipped=20,  # steps in a row without a finite loss and gradient, before the run stops
                 init_from='',  # a work directory whose weights to start from
                 freeze='',  # regex on parameter paths, e.g. backbone: not trained ...
                 unfreeze_epoch=config_dict.placeholder(float),  # ... before this epoch; None: never trained

@@ -18,7 +18,7 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
 
 
 def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every file; what matters to the user we print ourselves
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every file; what matters to the user we print ourselves
     try:
         main(arguments[1:])
     except app.UsageError as error:

@@ -1,6 +1,7 @@
 """Train and evaluate: python -m effdet_jax.main --config=configs/d3.py --workdir=runs/d3
 
 Start it again with the same --workdir and it continues. Any key of the config is a flag: --config.train.epochs=40.
+On several hosts start it on every one; TPU VMs and Slurm need no more flags, others --coordinator and the two after it.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string('workdir', '', 'where the run keeps its checkpoints, metrics and pictures')
 MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train, or evaluate the best checkpoint of the workdir')
+COORDINATOR = flags.DEFINE_string('coordinator', '', 'several processes: HOST:PORT of process 0, free to listen on')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'several processes: how many', lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'several processes: which one this is, from 0', lower_bound=0)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -24,9 +28,12 @@ def main(arguments: Sequence[str]) -> None:
     from effdet_jax import train  # after the flags: --help must not wait for jax
     from effdet_jax.training import parallel
 
-    parallel.start_hosts()
+    parallel.start_hosts(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     run = {'train': train.train_and_evaluate, 'eval': train.evaluate_best}[MODE.value]
-    train.report(run(CONFIG.value, Path(WORKDIR.value)), Path(WORKDIR.value))
+    with parallel.failing_together():
+        metrics = run(CONFIG.value, Path(WORKDIR.value))
+    if metrics:  # a run that was told to stop has none
+        train.report(metrics, Path(WORKDIR.value))
 
 
 if __name__ == '__main__':

@@ -16,9 +16,11 @@ from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import build_model
 from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints, load_variables
+from effdet_jax.records.files import only_process
 from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, read_metrics, say, table
-from effdet_jax.training import parallel
+from effdet_jax.training import incidents, parallel
 from effdet_jax.training.optimizer import make_optimizer, path_matches, thaw_step
+from effdet_jax.training.preemption import notices
 from effdet_jax.training.state import TrainState, Variables, init_state, init_variables
 from effdet_jax.training.step import make_train_step
 from effdet_jax.training.transfer import transfer
@@ -29,44 +31,51 @@ HEADLINE = ('AP', 'AP50', 'AP75')
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     """Trains what `config` describes, or goes on where `workdir` stands; returns the metrics of the last evaluation.
 
+    SIGTERM or SIGINT: finishes the step, saves, and returns {}.
+
     Raises:
       UserError: for anything in the config, the data or the work directory that the user can mend.
     """
     run = build(config, workdir)
     say(f'{run.name}: {run.total_steps} steps of {run.batch_size} images on {parallel.describe_devices()}')
-    state, pending, waiting, left_out, replaced, metrics = run.state, [], Waiting(), 0, 0, {}
+    pending, waiting, left_out, replaced, metrics, stops = [], Waiting(), 0, 0, {}, False
     with (
-        contextlib.closing(run.checkpoints),  # an interrupted run, too, waits for the one that is being written
+        resumed(run, config) as state,
         MetricsLog(workdir / parallel.host_folder(), run.first_step) as log,
         Progress(run.total_steps, run.first_step, description='training') as progress,
+        notices() as stop_is_asked,
     ):
         log.text('config', f'```json\n{config.to_json_best_effort(indent=2)}\n```')
         for step in range(run.first_step + 1, run.total_steps + 1):
             with waiting:
                 batch = next(run.batches)
             state, step_metrics = run.train_step(state, parallel.shard(batch), step - 1 < run.thaw_step)
-            pending.append(step_metrics)
+            pending.append((step, step_metrics, batch['index']))
             left_out += int(batch['dropped'].sum())
             replaced += run.unreadable.count(batch['unreadable'])
-            jax.block_until_ready(pending[-2:][0])  # the host runs one step ahead of the device, and no further
+            jax.block_until_ready(pending[-2:][0][1])  # the host runs one step ahead of the device, and no further
             if step == run.first_step + 1:
                 say(f'compiled in {waiting.elapsed():.0f} s')
                 waiting.reset()
             else:
                 waiting.count(run.batch_size)
 
-            evaluates, saves = step in run.evaluation_steps, step in run.save_steps
+            stops = stop_is_asked(step)
+            evaluates, saves = step in run.evaluation_steps, step in run.save_steps or stops
             # Logged before every save too: so no mean spans a restart, and a continued run logs the same numbers.
             if step % run.log_interval == 0 or saves:
-                means = {name: float(np.mean(values)) for name, values in _columns(jax.device_get(pending)).items()}
+                rows = incidents.fetch(pending)
+                means = incidents.means_of_steps(rows)
                 means['images_per_second'] = waiting.per_second()
                 means['waiting_for_data'] = waiting.share()
                 means['boxes_left_out'] = left_out  # of images with more than config.dataset.max_boxes
                 means['images_replaced'] = replaced  # that cannot be read
                 log.write(step, {f'train/{name}': mean for name, mean in means.items()})
+                run.watch(rows, log)
                 progress.update(step, {shown: means[name] for shown, name in SHOWN.items()})
                 pending.clear()
                 left_out = replaced = 0
+                run.check()
                 waiting.reset()
             if evaluates:
                 metrics, found = run.evaluate(state.best_variables)
@@ -74,10 +83,15 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
                 log.pictures(step, evaluate.draw(run.eval_source, found, run.num_pictures))
                 say(f'step {step}  ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in HEADLINE))
             if saves:
-                scores = {f'eval/{name}': value for name, value in metrics.items()} if evaluates else None
-                run.save(step, state, scores)
+                log.sync()
+                run.save(step, state, {f'eval/{name}': value for name, value in metrics.items()} if evaluates else None)
             if evaluates or saves:
                 waiting.reset()
+            if stops:
+                break
+    if stops and step < run.total_steps:
+        say(f'stopped at step {step} of {run.total_steps}, all saved in {workdir}: the same command continues it')
+        return {}
     return metrics or run.last_evaluation()
 
 
@@ -87,10 +101,6 @@ MEANING_OF_WEIGHTS = ('model.anchors.', 'image.mean', 'image.std', 'image.paddin
 SHOWN = {'loss': 'loss', 'images/s': 'images_per_second', 'waiting': 'waiting_for_data'}
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
 @dataclasses.dataclass
 class Run:
     """Everything a config describes, ready for the loop."""
@@ -98,14 +108,13 @@ class Run:
     name: str
     config: dict[str, Any]
     workdir: Path
+    train_source: data.Source
     eval_source: data.Source
     batches: Iterator[dict[str, np.ndarray]]
     unreadable: data.Unreadable
-    state: TrainState  # replicated
+    fresh_state: TrainState
     train_step: Callable
     evaluate: Callable
-    checkpoints: Checkpoints
-    first_step: int
     total_steps: int
     batch_size: int
     thaw_step: float
@@ -113,10 +122,22 @@ class Run:
     evaluation_steps: set[int]
     save_steps: set[int]
     num_pictures: int
+    watch: Callable
+    keep: int
+    best: str
+    # These two are known once the work directory is ours.
+    first_step: int = 0
+    checkpoints: Checkpoints | None = None  # of the first host
 
     def save(self, step: int, state: TrainState, scores: dict[str, float] | None) -> None:
-        position = self.batches.get_state()  # type: ignore[attr-defined]  # Grain's iterators have one
-        self.checkpoints.save(step, parallel.first_replica(state), position, self.config, scores)
+        if self.checkpoints:
+            position = self.batches.get_state()  # type: ignore[attr-defined]  # Grain's iterators have one
+            self.checkpoints.save(step, parallel.first_replica(state), position, self.config, scores)
+
+    def check(self) -> None:
+        """Warns where a checkpoint that was being written could not be."""
+        if self.checkpoints:
+            self.checkpoints.check()
 
     def last_evaluation(self) -> dict[str, float]:
         """Of a run that had nothing left to do."""
@@ -126,7 +147,7 @@ class Run:
 
 
 def build(config: Any, workdir: Path) -> Run:
-    """From a config to a run: opens the data, makes or restores the state. Nothing is written before all of it stands.
+    """From a config to a run: opens the data, makes the state. Writes nothing.
 
     Raises:
       UserError: as `train_and_evaluate`.
@@ -181,22 +202,45 @@ def build(config: Any, workdir: Path) -> Run:
     save_steps = every(c.checkpoint.every_epochs) | evaluation_steps
     keep, best, thaws_at = c.checkpoint.keep, c.checkpoint.best, thaw_step(c, steps_per_epoch)
     name, log_interval, num_pictures = c.name, c.log.every_steps, c.eval.pictures
+    watch = incidents.make_watch(train_source, workdir, t.max_skipped)
     run_config.refuse_unread(c)
 
-    # Everything stands: from here on the work directory is touched.
-    run_config.save(config, workdir)
-    checkpoints = Checkpoints(workdir, keep=keep, best=best)
-    first_step = checkpoints.latest_step() or 0
-    if first_step:
-        restored = checkpoints.restore(first_step, jax.tree.map(np.asarray, state))
-        state = restored.state
-        batches.set_state(restored.data_position)
-        say(f'continuing {workdir} from step {first_step} of {total_steps}')
     return Run(
-        name, run_config.to_json(config), workdir, eval_source, batches, unreadable, parallel.replicate(state),
-        train_step, evaluate_all, checkpoints, first_step, total_steps, t.batch_size, thaws_at, log_interval,
-        evaluation_steps, save_steps, num_pictures,
+        name, run_config.to_json(config), workdir, train_source, eval_source, batches, unreadable, state, train_step,
+        evaluate_all, total_steps, t.batch_size, thaws_at, log_interval, evaluation_steps, save_steps, num_pictures,
+        watch, keep, best,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def resumed(run: Run, config: Any) -> Iterator[TrainState]:
+    """Takes the work directory; gives the replicated state that it stands at. Waits in the end for the last checkpoint.
+
+    Raises:
+      UserError: where another process has it, it cannot be written, or it holds another state.
+    """
+    with contextlib.ExitStack() as exits:
+        restored = None
+        if parallel.is_first_host():
+            exits.enter_context(only_process(run.workdir))
+            try:
+                run_config.save(config, run.workdir)
+            except OSError as error:
+                raise UserError(
+                    f'{run.workdir} cannot be written ({error.strerror}): make room, or choose another --workdir'
+                ) from error
+            run.checkpoints = exits.enter_context(
+                contextlib.closing(Checkpoints(run.workdir, keep=run.keep, best=run.best))
+            )
+            restored = run.checkpoints.restore_latest(jax.tree.map(np.asarray, run.fresh_state))
+        state, place = run.fresh_state, (restored[0], restored[1].data_position) if restored else None
+        if place := parallel.gather_objects(place)[0]:
+            run.first_step, position = place
+            state = parallel.from_first_host(restored and restored[1].state, state)
+            run.batches.set_state(position)  # type: ignore[attr-defined]
+            say(f'continuing {run.workdir} from step {run.first_step} of {run.total_steps}')
+        yield parallel.replicate(state)
+    parallel.meet('saved')  # nobody leaves before the last checkpoint is written
 
 
 def open_sources(config: Any) -> tuple[data.CheckableSource, data.CheckableSource]:

@@ -24,7 +24,7 @@ from effdet_jax.training.state import init_state, init_variables
 pytestmark = pytest.mark.usefixtures('depthwise_by_xla')
 TRAIN = {
     'loss', 'class_loss', 'box_loss', 'l2_loss', 'learning_rate', 'gradient_norm', 'positives', 'boxes_left_out',
-    'images_replaced',
+    'images_replaced', 'skipped_steps',
 }  # fmt: skip
 SPEED = {'images_per_second', 'waiting_for_data'}  # the only numbers that differ from run to run
 INTERRUPTED_AT = 3  # in the frozen epoch, one step after a checkpoint
@@ -92,7 +92,7 @@ def equal_parts(a, b):
 def test_the_work_directory_holds_all_that_was_promised(finished_run):
     workdir, _, printed = finished_run
     assert {path.name for path in workdir.iterdir()} == {
-        'config.json', 'checkpoints', 'metrics.jsonl', 'tensorboard', 'pictures',
+        '.lock', 'config.json', 'checkpoints', 'metrics.jsonl', 'tensorboard', 'pictures',
     }  # fmt: skip
     assert [path.stat().st_size > 1000 for path in (workdir / 'tensorboard').glob('events.*')] == [True]
     pictures = {str(path.relative_to(workdir / 'pictures')) for path in workdir.glob('pictures/*/*.png')}

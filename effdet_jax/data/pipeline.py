@@ -1,8 +1,8 @@
 """From a source to batches: shuffled and endless for training, each image once for evaluation. Grain does the reading.
 
-What a batch holds is a function of (seed, position) alone: the images of all epochs stand in one endless row, host h of
-n takes every n-th of them from the h-th on, and random numbers depend on the place in the row. So a position is one
-integer, and neither the number of threads nor that of hosts changes what is learned from.
+What a batch holds is a function of (seed, position) alone: the images of all epochs stand in one endless row, of every
+global batch host h of n takes the h-th of n parts, and random numbers depend on the place in the row. So a position is
+one integer, and neither the number of threads nor that of hosts changes what is learned from.
 """
 
 import dataclasses
@@ -71,8 +71,9 @@ def train_batches(
     """
     to_element = _Train(source, image_size, scale_range, max_boxes)
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(to_element)
-    # sharded after all that is random: the hosts together see what one host would see
-    return _read(dataset[host::num_hosts].batch(batch_size), threads, prefetch)
+    # Shared out after all that is random, in blocks: the hosts' devices in a row see what those of one host would see.
+    # (drop_remainder: without it Grain rounds the length of the endless row up to more than an integer holds.)
+    return _read(dataset.batch(batch_size, drop_remainder=True)[host::num_hosts], threads, prefetch)
 
 
 def eval_batches(

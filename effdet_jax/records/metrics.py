@@ -1,5 +1,6 @@
 """What a run says while it works: numbers into files, progress and tables onto the terminal."""
 
+import contextlib
 import io
 import json
 import math
@@ -16,10 +17,10 @@ from jaxtyping import UInt8
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
 from effdet_jax.errors import UserError
-from effdet_jax.records.files import write_atomically
+from effdet_jax.records.board import Board
+from effdet_jax.records.files import Appender, write_atomically
 from effdet_jax.records.pictures import write_image
 
 Item = TypeVar('Item')
@@ -35,37 +36,58 @@ class MetricsLog:
 
     A run that continues from `resume_step` first forgets what an earlier one wrote after that step, so that every step
     stands once. A number that is not finite is null in the file, for JSON knows no nan, and left out of TensorBoard.
+    A disk that takes nothing ends no run: a warning is printed, and what it refused is written when it takes again.
     """
 
     def __init__(self, workdir: Path, resume_step: int = 0) -> None:
-        self._workdir, self._resume_step = workdir, resume_step
-        path = workdir / 'metrics.jsonl'
-        kept = [row for row in _rows(path) if row['step'] <= resume_step]
-        write_atomically(path, ''.join(json.dumps(row) + '\n' for row in kept).encode())
-        self._lines = path.open('a', encoding='utf-8', buffering=1)  # 1: each line reaches the file at once
-        self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=resume_step + 1)
+        self._workdir = workdir
+        for name in ('metrics.jsonl', 'incidents.jsonl'):
+            _forget_after(workdir / name, resume_step)
+        self._lines, self._incidents = Appender(workdir / 'metrics.jsonl'), Appender(workdir / 'incidents.jsonl')
+        self._board = Board(workdir / 'tensorboard', resume_step)
+        self._refused = False
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """One line; names such as `train/loss`, `train/images_per_second`, `eval/AP`."""
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._lines.write(json.dumps({'step': step, **{name: finite.get(name) for name in values}}) + '\n')
-        for name, value in finite.items():
-            self._board.add_scalar(name, value, step)
+        self._warn(self._lines.append(_line_of({'step': step, **{name: finite.get(name) for name in values}})))
+        self._warn(self._board.scalars(step, finite))
+
+    def incident(self, step: int, incident: Mapping[str, Any]) -> None:
+        """One line in `incidents.jsonl`, which exists only where there was one; `incident` is fit for JSON."""
+        self._warn(self._incidents.append(_line_of({'step': step, **incident})))
 
     def pictures(self, step: int, pictures: Mapping[str, UInt8[np.ndarray, '_ _ 3']]) -> None:
         """RGB pictures, into TensorBoard and as `pictures/<step>/<name>.png`."""
         for name, rgb in pictures.items():
-            write_image(self._workdir / 'pictures' / f'{step:08d}' / f'{name}.png', rgb)
-            self._board.add_image(name, rgb, step, dataformats='HWC')
+            try:
+                write_image(self._workdir / 'pictures' / f'{step:08d}' / f'{name}.png', rgb)
+            except OSError as error:
+                self._warn(error)
+            self._warn(self._board.picture(step, name, rgb))
 
     def text(self, name: str, text: str) -> None:
         """Markdown in TensorBoard, such as the config."""
-        self._board.add_text(name, text, self._resume_step)
+        self._warn(self._board.text(name, text))
+
+    def sync(self) -> None:
+        """Returns once the disk has all that was written; before a checkpoint, which promises the steps up to it."""
+        for file in (self._lines, self._incidents, self._board):
+            file.sync()
+
+    def _warn(self, error: OSError | None) -> None:
+        """Says so once, until the disk takes something again."""
+        if error and not self._refused:
+            say(
+                f'WARNING: {self._workdir} takes no log ({error.strerror}): training goes on, and what is missing is '
+                'written as soon as there is room'
+            )
+        self._refused = error is not None
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()
+        for file in (self._lines, self._incidents, self._board):
+            file.close()
 
     def __enter__(self) -> 'MetricsLog':
         return self
@@ -81,6 +103,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         UserError: a line that MetricsLog cannot have written.
     """
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in _rows(path)]
+
+
+def _line_of(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row) + '\n').encode()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    if path.exists():
+        write_atomically(path, b''.join(_line_of(row) for row in _rows(path) if row['step'] <= step))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -161,7 +192,8 @@ def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]
 
 def say(line: str) -> None:
     """Prints, above the bar where there is one."""
-    console.out(line, highlight=False)
+    with contextlib.suppress(OSError):  # a full disk that takes the output, a terminal that is gone: no reason to end
+        console.out(line, highlight=False)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = '') -> str:

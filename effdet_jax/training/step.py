@@ -1,5 +1,9 @@
-"""One training step, written for one device of a mapped axis: batch in, new state and metrics out."""
+"""One training step, written for one device of a mapped axis: batch in, new state and metrics out.
 
+A batch whose loss or gradient is not finite changes nothing but the number of the step.
+"""
+
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -104,12 +108,21 @@ def make_train_step(
         metrics['loss'] += metrics['l2_loss']
         metrics |= {
             'gradient_norm': optax.tree.norm(gradients),
-            'learning_rate': schedule(state.step),
+            'learning_rate': schedule(state.optimizer[-1].count),  # the optimizer's own count skips what is skipped
             'positives': num_positives,
         }
-        return TrainState(state.step + 1, variables, ema, optimizer_state), metrics
+        # Of all devices: these are sums over the axis, so every device decides alike.
+        finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
+        metrics['skipped_steps'] = 1.0 - finite
+        learned = TrainState(state.step + 1, variables, ema, optimizer_state)
+        return either(finite, learned, dataclasses.replace(state, step=state.step + 1)), metrics
 
     return train_step
+
+
+def either(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """One of two trees of arrays. `where` melts into the update that writes `yes` (experiments/reliability)."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def _sum_over(axis: str | None, tree: Any) -> Any:

@@ -92,7 +92,7 @@ def test_hosts_together_see_what_one_host_sees(num_hosts):
     for _ in range(6):
         whole, parts = next(single), [next(host) for host in hosts]
         for h, part in enumerate(parts):
-            assert_equal(part, {name: array[h::num_hosts] for name, array in whole.items()})
+            assert_equal(part, {name: np.split(array, num_hosts)[h] for name, array in whole.items()})
 
 
 def test_every_epoch_holds_every_image_in_a_new_order():

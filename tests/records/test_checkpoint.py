@@ -1,11 +1,15 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from full_disk import full_disk
 
 from effdet_jax.errors import UserError
-from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints, load_variables
+from effdet_jax.records import metrics
+from effdet_jax.records.checkpoint import Checkpoints, DamagedError, has_checkpoints, load_variables
 from effdet_jax.training.state import init_state
 
 OPTIMIZER = optax.adam(0.1)
@@ -125,3 +129,122 @@ def test_where_there_is_no_checkpoint_the_message_says_so(tmp_path):
     (tmp_path / 'checkpoints').mkdir()
     with pytest.raises(UserError, match='holds no checkpoints'):
         load_variables(tmp_path)
+
+
+# Damaged files.
+
+
+@pytest.fixture(scope='module')
+def two_saved(tmp_path_factory):
+    """A work directory with checkpoints of step 1 and 2, both evaluated, the second one better."""
+    workdir = tmp_path_factory.mktemp('saved') / 'run'
+    checkpoints = Checkpoints(workdir, keep=2)
+    save(checkpoints, 1, ap=0.3)
+    save(checkpoints, 2, ap=0.4)
+    checkpoints.close()
+    return workdir
+
+
+def files_of_newest(workdir):
+    folder = workdir / 'checkpoints/2'
+    return sorted(
+        str(path.relative_to(workdir)) for path in folder.rglob('*') if path.stat().st_size and path.is_file()
+    )
+
+
+@pytest.mark.parametrize('part', [0.0, 0.5, 1.0], ids=['emptied', 'half', 'but for a byte'])
+def test_whatever_file_is_truncated_only_whole_states_are_restored(two_saved, tmp_path, part):
+    """The step of the checkpoint decides which one it was: of the state of step s the seed is s."""
+    set_aside = set()
+    for file in files_of_newest(two_saved):
+        workdir = shutil.copytree(two_saved, tmp_path / 'run')
+        with (workdir / file).open('r+b') as opened:
+            opened.truncate(int(part * ((workdir / file).stat().st_size - 1)))
+        checkpoints = Checkpoints(workdir, keep=2)
+        step, restored = checkpoints.restore_latest(state())
+        checkpoints.close()
+        assert_same(restored.state, state(step))
+        assert restored.data_position == {'next_index': step}
+        if step == 1:
+            assert (workdir / 'checkpoints-damaged/2').is_dir()
+            assert steps_in(workdir) == [1]
+            set_aside.add(file.split('/')[2])
+        shutil.rmtree(workdir)
+    assert set_aside >= {'state', 'data', 'contents', 'metrics'}
+
+
+def test_a_changed_bit_is_noticed_and_the_message_says_what_was_done(two_saved, tmp_path):
+    workdir = shutil.copytree(two_saved, tmp_path / 'run')
+    array = max((workdir / 'checkpoints/2/state/d').iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 1
+    array.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r'checkpoints/2 is damaged \(.*\): move it away, and the next best one is used'
+    ):
+        load_variables(workdir)
+    with metrics.console.capture() as printed:
+        step, _ = Checkpoints(workdir).restore_latest(state())
+    assert step == 1
+    assert 'WARNING: the checkpoint of step 2 is damaged (' in printed.get()
+    assert f'): set aside as {workdir}/checkpoints-damaged/2' in ' '.join(printed.get().split())
+
+
+def test_an_array_that_is_not_what_was_saved_is_noticed_where_all_files_are_well_formed(two_saved, tmp_path):
+    workdir = shutil.copytree(two_saved, tmp_path / 'run')
+    shutil.rmtree(workdir / 'checkpoints/2/state')
+    shutil.copytree(workdir / 'checkpoints/1/state', workdir / 'checkpoints/2/state')
+    with pytest.raises(DamagedError, match='is not what was saved'):
+        Checkpoints(workdir).restore(2, state())
+    with pytest.raises(UserError, match='is not what was saved'):
+        load_variables(workdir)
+
+
+def test_where_all_are_damaged_nothing_starts_from_zero(two_saved, tmp_path):
+    workdir = shutil.copytree(two_saved, tmp_path / 'run')
+    for step in (1, 2):
+        (workdir / f'checkpoints/{step}/state/manifest.ocdbt').write_bytes(b'')
+    message = r'holds no whole checkpoint: mend those in .*checkpoints-damaged, or start anew in another --workdir'
+    with pytest.raises(UserError, match=message):
+        Checkpoints(workdir).restore_latest(state())
+    assert Checkpoints(tmp_path / 'nothing').restore_latest(state()) is None
+
+
+# A full disk.
+
+
+def test_a_full_disk_costs_no_checkpoint_and_the_next_save_tries_again(tmp_path):
+    large = state(3, width=100_000)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1, ap=0.5)
+    checkpoints.check(wait=True)
+    with full_disk(50_000), metrics.console.capture() as printed:
+        save(checkpoints, 2, ap=0.6, saved=large)  # some files are written, others are not
+        checkpoints.check(wait=True)
+        assert steps_in(tmp_path) == [1]
+        assert checkpoints.latest_step() == 1
+    warning = (
+        'WARNING: the checkpoint of step 2 could not be written (File too large): training goes on, step 1 is safe'
+    )
+    assert warning in ' '.join(printed.get().split())
+    save(checkpoints, 3, ap=0.4, saved=large)
+    checkpoints.close()
+    assert steps_in(tmp_path) == [1, 3]
+    assert_same(Checkpoints(tmp_path).restore(3, large).state, large)
+
+
+def test_a_run_that_cannot_save_at_all_ends(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    message = r'the first checkpoint, of step 7, could not be written \(.*File too large\): make room on the disk of'
+    with full_disk(10), pytest.raises(UserError, match=message):
+        save(checkpoints, 7)
+        checkpoints.check(wait=True)
+
+
+def test_a_last_checkpoint_that_could_not_be_written_is_no_success(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    checkpoints.check(wait=True)
+    with full_disk(10), pytest.raises(UserError, match=r'the last checkpoint could not .* continues from step 1'):
+        save(checkpoints, 2)
+        checkpoints.close()

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from full_disk import full_disk
 from tensorboardX.proto.event_pb2 import Event
 
 from effdet_jax.errors import UserError
@@ -86,6 +87,44 @@ def test_tensorboard_gets_numbers_pictures_text_and_the_step_to_forget_from(tmp_
     assert values['train/loss'].simple_value == 0.5
     assert (values['eval/first'].image.height, values['eval/first'].image.width) == (4, 6)
     assert (tmp_path / 'pictures' / '00000011' / 'eval' / 'first.png').exists()
+
+
+def test_a_full_disk_ends_no_log_and_nothing_is_missing_once_there_is_room(tmp_path, capsys):
+    picture = np.zeros((40, 60, 3), np.uint8)
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {'train/loss': 1.0})
+        with full_disk(40):
+            for step in (2, 3):
+                log.write(step, {'train/loss': 1 / step})
+                log.pictures(step, {'image': picture})
+                log.incident(step, {'kind': 'spike'})
+                log.text('config', 'a' * 100)
+                log.sync()
+        log.write(4, {'train/loss': 0.25})
+        log.incident(4, {'kind': 'skipped'})
+    assert read_metrics(tmp_path / 'metrics.jsonl') == [{'step': step, 'train/loss': 1 / step} for step in (1, 2, 3, 4)]
+    kinds = [json.loads(line)['kind'] for line in (tmp_path / 'incidents.jsonl').read_text().splitlines()]
+    assert kinds == ['spike', 'spike', 'skipped']
+    assert [e.step for e in read_events(tmp_path / 'tensorboard') if e.summary.value and e.step] == [
+        1,
+        2,
+        2,
+        1,
+        3,
+        3,
+        1,
+        4,
+    ]
+    out = capsys.readouterr().out
+    assert f'WARNING: {tmp_path} takes no log (File too large): training goes on, and what is missing is written' in out
+
+
+def test_incidents_behind_the_step_to_continue_from_are_forgotten(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in (3, 8):
+            log.incident(step, {'kind': 'spike'})
+    MetricsLog(tmp_path, resume_step=7).close()
+    assert (tmp_path / 'incidents.jsonl').read_text() == '{"step": 3, "kind": "spike"}\n'
 
 
 def test_without_a_terminal_progress_is_plain_lines(capsys, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from configs import default
-from effdet_jax.detection import assignment, boxes
+from effdet_jax.detection import assignment, boxes, losses
 from effdet_jax.detection.anchors import make_anchors
 from effdet_jax.errors import UserError
 from effdet_jax.training.optimizer import is_kernel, make_optimizer
@@ -178,6 +178,51 @@ def test_an_unknown_iou_loss_is_refused():
         UserError, match=r"config\.loss\.iou_kind='eiou' is unknown: choose one of iou, giou, diou, ciou"
     ):
         make(recipe(**{'loss.iou_kind': 'eiou'}))
+
+
+# Steps without a finite loss or gradient.
+
+POISONS = {
+    'loss': lambda loss, logits: loss + jnp.nan,
+    'gradient': lambda loss, logits: loss + jnp.sqrt(logits - jax.lax.stop_gradient(logits)),  # adds 0, with slope inf
+}
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+@pytest.mark.parametrize('poison', POISONS)
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(monkeypatch, poison, parts):
+    """One image of four is enough. The next step learns as if it had not been."""
+    config = recipe(**{'train.ema_decay': 0.9, 'optimizer.name': 'adam', 'train.accumulate': parts})
+    state, step = make(config)
+    after, metrics = step(state, BATCH, False)
+    assert metrics['skipped_steps'] == 0
+    good = losses.focal_loss
+
+    def poisoned(logits, classes, **kwargs):
+        loss = good(logits, classes, **kwargs)
+        return loss.at[0].set(POISONS[poison](loss, logits)[0])
+
+    monkeypatch.setattr(losses, 'focal_loss', poisoned)
+    _, poisoned_step = make(config)
+    skipped, metrics = poisoned_step(state, BATCH, False)
+    assert metrics['skipped_steps'] == 1
+    assert np.isfinite(metrics['loss']) == (poison == 'gradient')
+    assert np.isfinite(metrics['gradient_norm']) == (poison == 'loss')
+    assert_same(skipped, state.replace(step=state.step + 1))
+    again, metrics = step(skipped.replace(step=state.step), BATCH, False)
+    assert_same(again, after)
+
+
+def test_the_learning_rate_that_is_logged_is_the_one_that_is_used():
+    """The optimiser counts the steps that it has taken; a skipped one is none of them."""
+    changes = {'schedule.warmup_epochs': 2.0, 'schedule.warmup_start': 0.0, 'loss.l2': 0.0}
+    state, step = make(recipe(**changes))
+    rates = []
+    for number in (0, 5):  # five steps were skipped
+        after, metrics = step(state.replace(step=jnp.int32(number)), BATCH, False)
+        rates.append(float(metrics['learning_rate']))
+        state = after
+    np.testing.assert_allclose(rates, [0.0, RATE / 8], rtol=1e-6)
 
 
 # Randomness.

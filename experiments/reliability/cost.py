@@ -1,0 +1,96 @@
+"""What the guards cost a training step: python -m experiments.reliability.cost [ROUNDS]
+
+Takes the quickstart's step in three forms in turns, so that whatever else the machine does befalls all alike: without a
+guard, with `where` (as it is), with `lax.cond`. Then times what the loop does for the guards on the host.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+
+from configs import quickstart
+from effdet_jax import train
+from effdet_jax.records.checkpoint import Checkpoints
+from effdet_jax.records.metrics import MetricsLog, table
+from effdet_jax.training import incidents, parallel, step
+from effdet_jax.training.preemption import notices
+
+FORMS = {
+    'no guard': lambda finite, yes, no: yes,
+    'where': step.either,
+    'cond': lambda finite, yes, no: jax.lax.cond(finite, lambda: yes, lambda: no),
+}
+LOG_INTERVAL = 20
+
+
+def main(rounds: int = 60) -> None:
+    seconds, metrics = alternate({name: take_steps(either) for name, either in FORMS.items()}, rounds)
+    bare = np.array(seconds['no guard'])
+    rows = []
+    for name, times in seconds.items():
+        ratios = np.array(times) / bare  # of neighbours in time
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        error = 1.4826 * statistics.median(abs(ratios - middle)) / rounds**0.5 * 1.2533
+        rows.append((name, 1e3 * float(np.median(times)), f'{middle:.4f}', f'{error:.4f}', f'{low:.3f} to {high:.3f}'))
+    print(table(('form', 'ms', 'ratio to no guard', 'standard error', 'middle half'), rows, f'{rounds} rounds'))
+    host = host_seconds(metrics)
+    print(f'host: {1e6 * host:.0f} us a step, {host / np.median(bare):.2%} of a step')
+
+
+def take_steps(either: Callable) -> Callable[[], Any]:
+    """A function that takes one more step of a run of its own, waits for it and returns its metrics."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(step, 'either', either):
+        run = train.build(quickstart.get_config(), Path(folder))
+        state, batch = parallel.replicate(run.fresh_state), parallel.shard(next(run.batches))
+
+        def take() -> Any:
+            nonlocal state
+            state, metrics = run.train_step(state, batch, False)
+            return jax.block_until_ready(metrics)
+
+        take()  # traced and compiled here, in this form
+    take()
+    return take
+
+
+def alternate(takes: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], Any]:
+    """(seconds of every step by form, metrics of the last step). The order rotates, so that none is always first."""
+    seconds, names, metrics = {name: [] for name in takes}, list(takes), None
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            metrics = takes[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds, metrics
+
+
+def host_seconds(metrics: Any) -> float:
+    """Per step, of everything that the loop does for the guards, at the quickstart's log interval."""
+    with tempfile.TemporaryDirectory() as folder, notices() as stop_is_asked, MetricsLog(Path(folder)) as log:
+        source, _ = train.open_sources(quickstart.get_config())
+        watch, checkpoints = incidents.make_watch(source, Path(folder), 20), Checkpoints(Path(folder))
+        index_B, repeats = np.arange(8), 20
+        start = time.perf_counter()
+        for _ in range(repeats):
+            pending = []
+            for number in range(LOG_INTERVAL):
+                pending.append((number, metrics, index_B))
+                stop_is_asked(number)
+            rows = incidents.fetch(pending)
+            incidents.means_of_steps(rows)
+            watch(rows, log)
+            checkpoints.check()
+        return (time.perf_counter() - start) / repeats / LOG_INTERVAL
+
+
+if __name__ == '__main__':
+    main(*map(int, sys.argv[1:]))
