@@ -4,19 +4,20 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import traverse_util
 
 from effdet_jax import config as run_config
-from effdet_jax import data, evaluate
+from effdet_jax import data, evaluate, reporting
 from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import build_model
 from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints, load_variables
 from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, read_metrics, say, table
+from effdet_jax.records.sessions import record_session
 from effdet_jax.training import parallel
 from effdet_jax.training.optimizer import make_optimizer, path_matches, thaw_step
 from effdet_jax.training.state import TrainState, Variables, init_state, init_variables
@@ -34,7 +35,9 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     """
     run = build(config, workdir)
     say(f'{run.name}: {run.total_steps} steps of {run.batch_size} images on {parallel.describe_devices()}')
-    state, pending, waiting, left_out, metrics = run.state, [], Waiting(), 0, {}
+    if parallel.is_first_host():
+        record_session(workdir, run.first_step, parallel.describe_devices())
+    state, pending, waiting, left_out, metrics, found = run.state, [], Waiting(), 0, {}, {}
     with (
         contextlib.closing(run.checkpoints),  # an interrupted run, too, waits for the one that is being written
         MetricsLog(workdir / parallel.host_folder(), run.first_step) as log,
@@ -76,6 +79,8 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
                 run.save(step, state, scores)
             if evaluates or saves:
                 waiting.reset()
+    if found and parallel.is_first_host():
+        reporting.write_after_training(config, workdir, run.eval_source, run.total_steps, metrics, found)
     return metrics or run.last_evaluation()
 
 
@@ -231,7 +236,21 @@ def _check_freeze(pattern: str, variables: Variables) -> None:
 
 
 def evaluate_best(config: Any, workdir: Path) -> dict[str, float]:
-    """Metrics of the best checkpoint of `workdir` on the config's evaluation split.
+    """The metrics of `best_evaluation`."""
+    return best_evaluation(config, workdir).metrics
+
+
+class BestEvaluation(NamedTuple):
+    """The step of the best checkpoint, the evaluation split, and what was found in it."""
+
+    step: int
+    source: data.Source
+    metrics: dict[str, float]
+    found: evaluate.Found
+
+
+def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
+    """Evaluates the best checkpoint of `workdir` on the config's evaluation split.
 
     Raises:
       UserError: where the work directory holds no run of this config.
@@ -242,12 +261,12 @@ def evaluate_best(config: Any, workdir: Path) -> dict[str, float]:
     step, variables = load_variables(workdir)
     say(f'evaluating {workdir}, step {step}, on {len(source)} images')
     detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
-    metrics, _ = evaluate.make_evaluate(config, source, detect)(parallel.replicate(variables))
-    return metrics
+    metrics, found = evaluate.make_evaluate(config, source, detect)(parallel.replicate(variables))
+    return BestEvaluation(step, source, metrics, found)
 
 
 def report(metrics: dict[str, float], workdir: Path) -> None:
     """Prints the tables a run ends with."""
     classes = [name.removeprefix('AP/') for name in metrics if name.startswith('AP/')]
     say('\n' + evaluate.summary(metrics, tuple(classes)))
-    say(f'\n{workdir}: config.json  metrics.jsonl  checkpoints/  tensorboard/  pictures/')
+    say(f'\n{workdir}: report.html  config.json  metrics.jsonl  checkpoints/  tensorboard/  pictures/')

@@ -30,6 +30,11 @@ def host() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
+def is_first_host() -> bool:
+    """Whether this process writes what a run has one of."""
+    return jax.process_index() == 0
+
+
 def describe_devices() -> str:
     """'4 x NVIDIA H200 on 1 host'."""
     hosts = jax.process_count()
