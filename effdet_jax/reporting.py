@@ -104,7 +104,8 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, Markup]:
         for key, name, color in wanted:
             points = [(row['step'], row[key]) for row in rows if key in row]
             if points:
-                lines.append(Line(name, *np.array(points, float).T, SERIES[color]))
+                steps, values = np.array(points, float).T
+                lines.append(Line(name, steps, values, SERIES[color]))
         if lines:
             top = 1.0 if title == 'Average precision' else None
             name = f'curve-{title.lower().replace(" ", "-")}'
@@ -125,14 +126,15 @@ def _classes(matches: Matches, names: Sequence[str], metrics: dict[str, float]) 
 
 
 def _precision_recall(matches: Matches, names: Sequence[str], best: analysis.OperatingPoint) -> dict[str, Markup]:
-    options = dict(x_range=(0, 1), y_range=(0, 1.02))
+    x_range, y_range = (0, 1), (0, 1.02)
     return {
         'curves': charts.line_chart(
-            'precision-recall', _precision_over_recall(matches, names), x_label='recall', legend='lower left', **options
+            'precision-recall', _precision_over_recall(matches, names), x_label='recall', x_range=x_range,
+            y_range=y_range, legend='lower left',
         ),
         'trade': charts.line_chart(
-            'scores', _over_score(matches), x_label='score from which detections count', legend='best',
-            mark_x=best.score, **options,
+            'scores', _over_score(matches), x_label='score from which detections count', x_range=x_range,
+            y_range=y_range, legend='best', mark_x=best.score,
         ),
     }  # fmt: skip
 
@@ -140,7 +142,7 @@ def _precision_recall(matches: Matches, names: Sequence[str], best: analysis.Ope
 def _precision_over_recall(matches: Matches, names: Sequence[str]) -> list[Line]:
     """A line for each class; where there are too many to tell apart, one more for their mean."""
     curves_K101 = analysis.precision_recall(matches)
-    present = np.flatnonzero(~np.isnan(curves_K101).any(axis=1))
+    present = np.flatnonzero(~np.isnan(curves_K101).any(axis=1)).tolist()
 
     def line(name: str, curve: np.ndarray, *look: Any) -> Line:
         return Line(name, analysis.RECALLS, np.where(curve > 0, curve, np.nan), *look)

@@ -88,7 +88,7 @@ def equal_parts(a, b):
 def test_the_work_directory_holds_all_that_was_promised(finished_run):
     workdir, _, printed = finished_run
     assert {path.name for path in workdir.iterdir()} == {
-        'config.json', 'checkpoints', 'metrics.jsonl', 'tensorboard', 'pictures',
+        'config.json', 'checkpoints', 'metrics.jsonl', 'tensorboard', 'pictures', 'sessions.jsonl', 'report.html',
     }  # fmt: skip
     assert [path.stat().st_size > 1000 for path in (workdir / 'tensorboard').glob('events.*')] == [True]
     pictures = {str(path.relative_to(workdir / 'pictures')) for path in workdir.glob('pictures/*/*.png')}

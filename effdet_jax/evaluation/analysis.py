@@ -111,7 +111,9 @@ def confusion_matrix(
         excused_N = (inside_NR & (labels_N[:, None] == truth.labels[~counted_M])).any(axis=1) & (claimed_N < 0)
         rows_N = np.append(labels_M, num_classes)[claimed_N]
         np.add.at(matrix, (rows_N[~excused_N], labels_N[~excused_N]), 1)
-        np.add.at(matrix, (np.delete(labels_M, claimed_N[claimed_N >= 0]), num_classes), 1)
+        matrix[:num_classes, num_classes] += np.bincount(
+            np.delete(labels_M, claimed_N[claimed_N >= 0]), minlength=num_classes
+        )
     return matrix
 
 

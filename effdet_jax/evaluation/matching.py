@@ -77,12 +77,19 @@ def match(ground_truth: Sequence[GroundTruth], detections: Sequence[Detections],
         object_labels.append(truth.labels[counted_M])
         object_images.append(np.full(counted_M.sum(), image))
         first_object += int(counted_M.sum())
-    scores_N, *others = (np.concatenate(column) for column in zip(*columns, strict=True))
+    scores_N, labels_N, images_N, kinds_N, objects_N = (np.concatenate(column) for column in zip(*columns, strict=True))
     order_N = np.argsort(-scores_N, kind='stable')
     return Matches(
-        scores_N[order_N], *(x[order_N] for x in others), np.concatenate(object_labels), np.concatenate(object_images),
-        len(ground_truth), num_classes,
-    )  # fmt: skip
+        scores=scores_N[order_N],
+        labels=labels_N[order_N],
+        images=images_N[order_N],
+        kinds=kinds_N[order_N],
+        objects=objects_N[order_N],
+        object_labels=np.concatenate(object_labels),
+        object_images=np.concatenate(object_images),
+        num_images=len(ground_truth),
+        num_classes=num_classes,
+    )
 
 
 def claim(iou_NM: Float[np.ndarray, 'N M']) -> Int[np.ndarray, 'N']:

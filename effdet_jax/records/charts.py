@@ -8,7 +8,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -28,7 +28,7 @@ _VARIABLES = {INK: 'ink', MUTED: 'muted', RULE: 'rule', FAINT: 'faint'} | {
 WIDTH, HEIGHT = 360, 250  # points, which are the units of the SVG
 FONT_SIZE = 11
 FEW_POINTS, MAX_POINTS = 12, 400  # of a line: each one shown as a dot; more could not be told apart
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     'svg.fonttype': 'none',
     'text.parse_math': False,  # a class may be called $
     'font.family': 'sans-serif',
@@ -71,7 +71,7 @@ def line_chart(
     x_label: str,
     x_range: tuple[float, float | None] = (0, None),
     y_range: tuple[float, float | None] = (0, None),
-    legend: str = '',
+    legend: Literal['', 'best', 'lower left'] = '',
     mark_x: float | None = None,
 ) -> Markup:
     """Lines over a common axis, as `<svg>`.
@@ -79,7 +79,7 @@ def line_chart(
     Args:
         name: prefix of the ids in the SVG, unique in its page.
         x_range, y_range: None is where the lines end.
-        legend: a place for a legend ('lower left'); without one, names stand at the ends of their lines.
+        legend: a place for a legend; without one, names stand at the ends of their lines.
         mark_x: where to draw a dotted upright line.
     """
     with mpl.rc_context(_STYLE):
