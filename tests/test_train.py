@@ -231,7 +231,7 @@ def test_the_report_names_the_classes_and_the_files(finished_run):
     workdir, numbers, _ = finished_run
     with metrics.console.capture() as printed:
         train.report(numbers, workdir)
-    for text in ('VOC07_AP50', '| ellipse ', '| ring ', f'{workdir}: config.json'):
+    for text in ('VOC07_AP50', '| ellipse ', '| ring ', f'{workdir}: report.html  config.json'):
         assert text in printed.get()
 
 
