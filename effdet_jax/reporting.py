@@ -32,7 +32,7 @@ MAX_COLORED_CLASSES = len(SERIES)  # of more, only the mean has a colour
 
 def write_report(
     config: Any, workdir: Path, out: Path, source: data.Source, step: int, metrics: dict[str, float], found: Found
-) -> None:  # fmt: skip
+) -> None:
     """Writes the page about one evaluation to `out`, whole or not at all.
 
     Args:
@@ -75,7 +75,8 @@ def write_after_training(
     try:
         write_report(config, workdir, workdir / FILE, source, step, metrics, found)
     except Exception as error:
-        say(f'note: no {FILE} ({error}); python -m effdet_jax.report --workdir={workdir} tries again')
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        say(f'note: no {FILE} ({reason}); python -m effdet_jax.report --workdir={workdir} tries again')
 
 
 def _split(config: Any) -> str:
