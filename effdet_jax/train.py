@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from effdet_jax.model import build_model
 from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints, load_variables
 from effdet_jax.records.files import only_process
 from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, read_metrics, say, table
+from effdet_jax.records.sessions import record_session
 from effdet_jax.training import incidents, parallel
 from effdet_jax.training.optimizer import make_optimizer, path_matches, thaw_step
 from effdet_jax.training.preemption import notices
@@ -38,13 +39,15 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     """
     run = build(config, workdir)
     say(f'{run.name}: {run.total_steps} steps of {run.batch_size} images on {parallel.describe_devices()}')
-    pending, waiting, left_out, replaced, metrics, stops = [], Waiting(), 0, 0, {}, False
+    pending, waiting, left_out, replaced, metrics, found, stops = [], Waiting(), 0, 0, {}, {}, False
     with (
         resumed(run, config) as state,
         MetricsLog(workdir / parallel.host_folder(), run.first_step) as log,
         Progress(run.total_steps, run.first_step, description='training') as progress,
         notices() as stop_is_asked,
     ):
+        if parallel.is_first_host():
+            record_session(workdir, run.first_step, parallel.describe_devices())
         log.text('config', f'```json\n{config.to_json_best_effort(indent=2)}\n```')
         for step in range(run.first_step + 1, run.total_steps + 1):
             with waiting:
@@ -92,6 +95,10 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     if stops and step < run.total_steps:
         say(f'stopped at step {step} of {run.total_steps}, all saved in {workdir}: the same command continues it')
         return {}
+    if found and parallel.is_first_host():
+        from effdet_jax import reporting  # only now: matplotlib takes a second to load
+
+        reporting.write_after_training(config, workdir, run.eval_source, run.total_steps, metrics, found)
     return metrics or run.last_evaluation()
 
 
@@ -279,7 +286,21 @@ def _check_freeze(pattern: str, variables: Variables) -> None:
 
 
 def evaluate_best(config: Any, workdir: Path) -> dict[str, float]:
-    """Metrics of the best checkpoint of `workdir` on the config's evaluation split.
+    """The metrics of `best_evaluation`."""
+    return best_evaluation(config, workdir).metrics
+
+
+class BestEvaluation(NamedTuple):
+    """The step of the best checkpoint, the evaluation split, and what was found in it."""
+
+    step: int
+    source: data.Source
+    metrics: dict[str, float]
+    found: evaluate.Found
+
+
+def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
+    """Evaluates the best checkpoint of `workdir` on the config's evaluation split.
 
     Raises:
       UserError: where the work directory holds no run of this config.
@@ -290,12 +311,12 @@ def evaluate_best(config: Any, workdir: Path) -> dict[str, float]:
     step, variables = load_variables(workdir)
     say(f'evaluating {workdir}, step {step}, on {len(source)} images')
     detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
-    metrics, _ = evaluate.make_evaluate(config, source, detect)(parallel.replicate(variables))
-    return metrics
+    metrics, found = evaluate.make_evaluate(config, source, detect)(parallel.replicate(variables))
+    return BestEvaluation(step, source, metrics, found)
 
 
 def report(metrics: dict[str, float], workdir: Path) -> None:
     """Prints the tables a run ends with."""
     classes = [name.removeprefix('AP/') for name in metrics if name.startswith('AP/')]
     say('\n' + evaluate.summary(metrics, tuple(classes)))
-    say(f'\n{workdir}: config.json  metrics.jsonl  checkpoints/  tensorboard/  pictures/')
+    say(f'\n{workdir}: report.html  config.json  metrics.jsonl  checkpoints/  tensorboard/  pictures/')

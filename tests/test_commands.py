@@ -46,13 +46,20 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ('command', 'flag'), [('main', '--workdir'), ('predict', '--workdir'), ('check_data', '--out')]
+    ('command', 'flag'),
+    [('main', '--workdir'), ('predict', '--workdir'), ('check_data', '--out'), ('report', '--workdir')],
 )
 def test_help_is_no_failure(command, flag):
     code, out, _ = start(command, '--help')
     assert code == 0
     assert f'python -m effdet_jax.{command} ' in out
     assert flag in out
+
+
+def test_a_report_needs_a_run(tmp_path):
+    assert start('report') == (2, '', 'error: --workdir missing; --help explains\n')
+    reason = f'error: {tmp_path}/config.json does not exist: give the --workdir of a training run\n'
+    assert start('report', f'--workdir={tmp_path}') == (1, '', reason)
 
 
 def test_missing_data_is_one_line_that_says_how_to_get_it(tmp_path):

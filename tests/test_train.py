@@ -92,7 +92,8 @@ def equal_parts(a, b):
 def test_the_work_directory_holds_all_that_was_promised(finished_run):
     workdir, _, printed = finished_run
     assert {path.name for path in workdir.iterdir()} == {
-        '.lock', 'config.json', 'checkpoints', 'metrics.jsonl', 'tensorboard', 'pictures',
+        '.lock', 'config.json', 'checkpoints', 'metrics.jsonl', 'tensorboard', 'pictures', 'sessions.jsonl',
+        'report.html',
     }  # fmt: skip
     assert [path.stat().st_size > 1000 for path in (workdir / 'tensorboard').glob('events.*')] == [True]
     pictures = {str(path.relative_to(workdir / 'pictures')) for path in workdir.glob('pictures/*/*.png')}
@@ -235,7 +236,7 @@ def test_the_report_names_the_classes_and_the_files(finished_run):
     workdir, numbers, _ = finished_run
     with metrics.console.capture() as printed:
         train.report(numbers, workdir)
-    for text in ('VOC07_AP50', '| ellipse ', '| ring ', f'{workdir}: config.json'):
+    for text in ('VOC07_AP50', '| ellipse ', '| ring ', f'{workdir}: report.html  config.json'):
         assert text in printed.get()
 
 

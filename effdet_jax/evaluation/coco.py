@@ -44,10 +44,37 @@ def coco_metrics(
     """
     check_pairs(ground_truth, detections, len(class_names))
     tables = _count(_as_coco(ground_truth, len(class_names)), _as_coco(detections, len(class_names)))
-    metrics = {number: _mean(tables, number, classes=slice(None)) for number in SUMMARY}
+    metrics = {name: _mean(tables, number, classes=slice(None)) for name, number in SUMMARY.items()}
     for number in ('AP', 'AP50'):
-        metrics |= {f'{number}/{name}': _mean(tables, number, classes=label) for label, name in enumerate(class_names)}
+        metrics |= {
+            f'{number}/{name}': _mean(tables, SUMMARY[number], classes=label) for label, name in enumerate(class_names)
+        }
     return metrics
+
+
+def coco_by_size(
+    ground_truth: Sequence[GroundTruth], detections: Sequence[Detections], class_names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """For small, medium and large objects: how many `objects`, `AP`, `AP50`, `AR100`, and `AP/<class>`.
+
+    Small is an area of up to 32^2 pixels, large one of 96^2 or more, COCO's; an area on a limit is of both sizes.
+    Otherwise as `coco_metrics`.
+    """
+    check_pairs(ground_truth, detections, len(class_names))
+    tables = _count(_as_coco(ground_truth, len(class_names)), _as_coco(detections, len(class_names)))
+    areas_M = np.concatenate([truth.areas[~(truth.is_crowd | truth.is_difficult)] for truth in ground_truth])
+    sizes = {}
+    for size in ('small', 'medium', 'large'):
+        low, high = tables['area_range'][tables['area'].index(size)]
+        numbers = {
+            'AP': ('precision', None, size, 100),
+            'AP50': ('precision', 0.5, size, 100),
+            'AR100': ('recall', None, size, 100),
+        }
+        row = {name: _mean(tables, number, slice(None)) for name, number in numbers.items()}
+        row |= {f'AP/{name}': _mean(tables, numbers['AP'], label) for label, name in enumerate(class_names)}
+        sizes[size] = {'objects': int(((areas_M >= low) & (areas_M <= high)).sum()), **row}
+    return sizes
 
 
 def _as_coco(images: Sequence[GroundTruth] | Sequence[Detections], num_classes: int) -> COCO:
@@ -90,13 +117,14 @@ def _count(truth: COCO, found: COCO) -> dict:
         'recall': evaluation.eval['recall'][:, None],  # [T 1 K A M]
         'iou': list(np.round(p.iouThrs, 2)),
         'area': list(p.areaRngLbl),
+        'area_range': list(p.areaRng),
         'max_detections': list(p.maxDets),
     }
 
 
-def _mean(tables: dict, number: str, classes: int | slice) -> float:
+def _mean(tables: dict, number: tuple[str, float | None, str, int], classes: int | slice) -> float:
     """The mean over the measured part of a table, nan where nothing is measured (COCO's -1)."""
-    table, iou, area, max_detections = SUMMARY[number]
+    table, iou, area, max_detections = number
     t = slice(None) if iou is None else tables['iou'].index(iou)
     part = tables[table][t, ..., classes, tables['area'].index(area), tables['max_detections'].index(max_detections)]
     measured = part[part > -1]

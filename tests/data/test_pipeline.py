@@ -192,7 +192,7 @@ def test_replacement_depends_neither_on_hosts_nor_threads_nor_on_where_one_start
     hosts = [batches(source, batch_size=2, host=h, num_hosts=2, threads=h) for h in range(2)]
     for batch in whole:
         for h, host in enumerate(hosts):
-            assert_equal(next(host), {name: array[h::2] for name, array in batch.items()})
+            assert_equal(next(host), {name: array[2 * h : 2 * h + 2] for name, array in batch.items()})
     late = batches(source)
     late.set_state({'next_index': 4})
     assert_equal(next(late), whole[4])
