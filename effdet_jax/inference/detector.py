@@ -66,6 +66,8 @@ class Detector:
     ) -> 'Detector':
         """The best checkpoint of a run. The network sees at most `batch_size` images at a time.
 
+        With `augmentation`, each view goes through hard NMS, whatever the config says, before they are merged.
+
         Raises:
           UserError: where the work directory holds no run, or a backbone alone.
         """
@@ -76,6 +78,8 @@ class Detector:
             )
         model = build_model(config.model, len(config.dataset.class_names))
         variables = jax.device_put(checkpoint.load_variables(Path(workdir))[1])
+        if augmentation:  # the faded copies that soft NMS leaves would pull down the averages that merging takes
+            config.eval.nms = 'hard'
         scales = augmentation.scales if augmentation else (1.0,)
         return cls(
             [functools.partial(jax.jit(make_detect_pixels(config, model, scale)), variables) for scale in scales],

@@ -1,5 +1,7 @@
 """The device's resize against the host's, on images of any sizes at once."""
 
+import platform
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ def test_equals_the_host_within_a_grey_level(smooth):
         images = [(np.add.outer(np.arange(h), np.arange(w))[..., None] % 256).repeat(3, 2).astype(np.uint8)
                   for h, w in sizes]  # fmt: skip
     resized, valid_size, scale = resize(*packing.pack(images, len(images)))
+    differing = 0
     for i, image in enumerate(images):
         expected, expected_size, expected_scale = transforms.resize_and_pad(image, SIZE)
         height, width = expected_size
@@ -35,6 +38,8 @@ def test_equals_the_host_within_a_grey_level(smooth):
         assert float(scale[i]) == expected_scale
         levels = np.abs(np.asarray(resized[i, :height, :width]).astype(int) - expected[:height, :width])
         assert levels.max() <= (0 if expected_size == image.shape[:2] else 1)
+        differing += np.count_nonzero(levels)
+    assert differing < 1e-3 * resized.size or platform.machine() != 'x86_64'  # OpenCV has other code for others
 
 
 @settings(max_examples=20, deadline=None)
