@@ -79,7 +79,7 @@ def test_missing_data_is_one_line_that_says_how_to_get_it(tmp_path):
     [
         (('README.md',), 2, '--workdir and --out missing'),
         (('--workdir=nowhere', '--out=W', 'nowhere'), 1, 'error: nowhere does not exist'),
-        (('--workdir=nowhere', '--out=W'), 2, 'name at least one image or folder'),
+        (('--workdir=nowhere', '--out=W'), 2, 'name at least one image, video, folder or pattern'),
     ],
 )
 def test_predict_needs_a_run_and_images(arguments, code, message):

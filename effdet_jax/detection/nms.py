@@ -8,6 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from effdet_jax.detection import boxes as box_ops
 
+Number = float | Float[Array, '']  # an Array, where it is to change without another compilation
+
 
 class Selection(NamedTuple):
     """What NMS kept, best first; unused places have index -1 and score 0."""
@@ -22,9 +24,9 @@ def nms(
     classes: Int[Array, 'N'],
     *,
     kind: str,
-    iou_threshold: float = 0.5,
-    sigma: float = 0.5,
-    score_threshold: float = 0.001,
+    iou_threshold: Number = 0.5,
+    sigma: Number = 0.5,
+    score_threshold: Number = 0.001,
     max_outputs: int = 100,
 ) -> Selection:
     """Greedy NMS of one image: take the best score above `score_threshold` (the first on ties), then weaken its rivals.

@@ -1,10 +1,12 @@
 """The device's half of preprocessing, the same in training, evaluation and prediction: uint8 pixels -> network input.
 
-The host's half (decode, resize, pad) is data/transforms.py.
+Training and evaluation decode, resize and pad on the host (data/transforms.py) and normalise here. The detector resizes
+here too, from images of any size in one program.
 """
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -26,3 +28,65 @@ def normalize(
     inside_BW = jnp.arange(width) < valid_size[:, 1:]
     inside_BHW1 = (inside_BH[:, :, None] & inside_BW[:, None, :])[..., None]
     return jnp.where(inside_BHW1, normalized, padding)
+
+
+def resize_and_pad(
+    pixels: UInt8[Array, 'P 3'], sizes: Int[Array, 'B 2'], image_size: tuple[int, int]
+) -> tuple[UInt8[Array, 'B H W 3'], Int[Array, 'B 2'], Float[Array, 'B']]:
+    """What data.transforms.resize_and_pad does on the host, for B images of any sizes, to within a grey level.
+
+    `pixels` holds the images row by row, one after the other, and may have more at its end: so its length alone is
+    part of the program, and the sizes (height, width), at least 1, are not. B * H * W and P must stay below 2^31.
+    Returns (images, valid_size, image_scale), the last to multiply boxes with on their way back; beyond `valid_size`
+    an image repeats its last row and column, which `normalize` covers.
+    """
+    areas_B = sizes[:, 0] * sizes[:, 1]
+    starts_B = jnp.cumsum(areas_B) - areas_B
+
+    def resize(start: Array, size: Array) -> tuple[Array, Array, Array]:
+        valid_size, scale = scaled_size(size, image_size)
+        return _resize(pixels, start, size, valid_size, image_size), valid_size, 1 / scale
+
+    return jax.vmap(resize)(starts_B, sizes)
+
+
+def scaled_size(size: Int[Array, '2'], target_hw: tuple[int, int]) -> tuple[Int[Array, '2'], Float[Array, '']]:
+    """data.transforms.scaled_size on the device: float32, truncated, at least one pixel (spec 9)."""
+    size_2 = size.astype(jnp.float32)
+    scale = jnp.min(jnp.asarray(target_hw, jnp.float32) / size_2)
+    return jnp.maximum((size_2 * scale).astype(jnp.int32), 1), scale
+
+
+def _resize(pixels: Array, start: Array, size: Array, new_size: Array, out_hw: tuple[int, int]) -> Array:
+    """Bilinear with half-pixel centres and without antialiasing: the four neighbours of each pixel.
+
+    In whole numbers of 11 bits, cut where OpenCV's cv2.resize cuts them: so that a detector sees what evaluation saw.
+    """
+    (top_H, above_H), (bottom_H, below_H) = _neighbours(out_hw[0], size[0], new_size[0])
+    (left_W, before_W), (right_W, after_W) = _neighbours(out_hw[1], size[1], new_size[1])
+
+    def row(y_H: Array) -> Array:
+        def at(x_W: Array) -> Array:
+            indices_HW = start + y_H[:, None] * size[1] + x_W[None, :]
+            return pixels.at[indices_HW].get(mode='promise_in_bounds').astype(jnp.int32)
+
+        return at(left_W) * before_W[None, :, None] + at(right_W) * after_W[None, :, None]
+
+    top = ((row(top_H) >> 4) * above_H[:, None, None]) >> 16
+    bottom = ((row(bottom_H) >> 4) * below_H[:, None, None]) >> 16
+    return ((top + bottom + 2) >> 2).astype(jnp.uint8)
+
+
+def _neighbours(count: int, old: Array, new: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """(index, weight of 2048) before and after each of `count` output pixels, along a side that is scaled old -> new.
+
+    (i + 0.5) * old / new - 0.5 in integers: as a float32, it is off by a thousandth of a pixel in a large photograph.
+    """
+    numerator = (2 * jnp.arange(count, dtype=jnp.int32) + 1) * old - new
+    before = numerator // (2 * new)
+    share = (numerator - before * 2 * new).astype(jnp.float32) / (2 * new).astype(jnp.float32)
+
+    def neighbour(index: Array, weight: Array) -> tuple[Array, Array]:
+        return jnp.clip(index, 0, old - 1), jnp.round(weight * 2048).astype(jnp.int32)
+
+    return neighbour(before, 1 - share), neighbour(before + 1, share)

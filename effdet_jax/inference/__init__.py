@@ -1,5 +1,7 @@
 """From a work directory to boxes."""
 
-from effdet_jax.inference.detector import Detections, Detector
+from effdet_jax.inference.detections import Detections
+from effdet_jax.inference.detector import Detector
+from effdet_jax.inference.merge import Augmentation
 
-__all__ = ['Detections', 'Detector']
+__all__ = ['Augmentation', 'Detections', 'Detector']

@@ -31,13 +31,16 @@ def draw_boxes(
     labels: Int[np.ndarray, 'N'],
     names: Sequence[str],
     scores: Float[np.ndarray, 'N'] | None = None,
+    *,
+    enlarge: bool = True,
 ) -> UInt8[np.ndarray, 'H2 W2 3']:
     """A copy of the RGB image with every box, the name of its class and its score.
 
     A class has the same colour in every picture. Boxes are in pixels of `image`, which is enlarged if its longer side
-    has less than 640 pixels. The best scores are drawn last, and their tags choose their place first.
+    has less than 640 pixels, unless its size must stay (`enlarge=False`, a frame of a video). The best scores are drawn
+    last, and their tags choose their place first.
     """
-    factor = max(1.0, MIN_LONG_SIDE / max(image.shape[:2]))
+    factor = max(1.0, MIN_LONG_SIDE / max(image.shape[:2])) if enlarge else 1.0
     canvas = (
         cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC) if factor > 1 else image.copy()
     )

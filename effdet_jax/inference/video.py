@@ -1,0 +1,86 @@
+"""Videos as frames, in and out, through OpenCV. Sound is not kept: OpenCV reads and writes pictures alone."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from effdet_jax.errors import UserError
+from effdet_jax.records.files import replacing
+
+USUAL_FRAME_RATE = 25.0  # where a file names none
+
+# What a file has wrong is said in one line of ours.
+os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video file that can be read. `num_frames` is what the file claims, often a guess, sometimes 0."""
+
+    path: Path
+    height: int
+    width: int
+    frame_rate: float  # per second
+    num_frames: int
+
+    def frames(self) -> Iterator[UInt8[np.ndarray, 'H W 3']]:
+        """All frames in RGB, upright, up to the first that cannot be decoded."""
+        capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
+        try:
+            while (read := capture.read())[0]:
+                yield cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
+        finally:
+            capture.release()
+
+
+def open_video(path: Path) -> Video:
+    """What kind of video a file holds.
+
+    Raises:
+      UserError: where it holds none whose first frame can be decoded.
+    """
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    readable, frame = capture.read()
+    frame_rate, num_frames = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    capture.release()
+    if not readable:
+        raise UserError(f'{path}: not a video that can be decoded: replace or remove the file')
+    height, width, _ = frame.shape
+    known = 0 < frame_rate <= 1000
+    return Video(path, height, width, frame_rate if known else USUAL_FRAME_RATE, max(num_frames, 0))
+
+
+@contextlib.contextmanager
+def video_writer(
+    path: Path, frame_rate: float, height: int, width: int
+) -> Iterator[Callable[[UInt8[np.ndarray, 'H W 3']], None]]:
+    """`with video_writer(...) as write: write(rgb_frame)` makes an MP4 file (MPEG-4 part 2), never half a one.
+
+    Of an odd height or width the last row or column is lost: the format keeps colours for pixels in fours.
+
+    Raises:
+      UserError: where OpenCV cannot write such a file.
+    """
+
+    def write(rgb: np.ndarray) -> None:
+        writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+
+    with replacing(path) as temporary:
+        writer = cv2.VideoWriter(
+            str(temporary), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*'mp4v'), frame_rate, (width, height)
+        )
+        if not writer.isOpened():
+            raise UserError(
+                f'{path}: OpenCV cannot write a video of {width}x{height} pixels there: choose another --out'
+            )
+        try:
+            yield write
+        finally:
+            writer.release()
