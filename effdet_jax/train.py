@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     """
     run = build(config, workdir)
     say(f'{run.name}: {run.total_steps} steps of {run.batch_size} images on {parallel.describe_devices()}')
-    pending, waiting, left_out, replaced, metrics, found, stops = [], Waiting(), 0, 0, {}, {}, False
+    pending, counts, waiting, metrics, found, stops = [], Counter(), Waiting(), {}, {}, False
     with (
         resumed(run, config) as state,
         MetricsLog(workdir / parallel.host_folder(), run.first_step) as log,
@@ -54,8 +55,8 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
                 batch = next(run.batches)
             state, step_metrics = run.train_step(state, parallel.shard(batch), step - 1 < run.thaw_step)
             pending.append((step, step_metrics, batch['index']))
-            left_out += int(batch['dropped'].sum())
-            replaced += run.unreadable.count(batch['unreadable'])
+            counts['boxes_left_out'] += int(batch['dropped'].sum())  # of images with more than config.dataset.max_boxes
+            counts['images_replaced'] += run.unreadable.count(batch['unreadable'])
             jax.block_until_ready(pending[-2:][0][1])  # the host runs one step ahead of the device, and no further
             if step == run.first_step + 1:
                 say(f'compiled in {waiting.elapsed():.0f} s')
@@ -68,16 +69,13 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
             # Logged before every save too: so no mean spans a restart, and a continued run logs the same numbers.
             if step % run.log_interval == 0 or saves:
                 rows = incidents.fetch(pending)
-                means = incidents.means_of_steps(rows)
-                means['images_per_second'] = waiting.per_second()
-                means['waiting_for_data'] = waiting.share()
-                means['boxes_left_out'] = left_out  # of images with more than config.dataset.max_boxes
-                means['images_replaced'] = replaced  # that cannot be read
+                speed = {'images_per_second': waiting.per_second(), 'waiting_for_data': waiting.share()}
+                means = incidents.means_of_steps(rows) | speed | counts
                 log.write(step, {f'train/{name}': mean for name, mean in means.items()})
                 run.watch(rows, log)
                 progress.update(step, {shown: means[name] for shown, name in SHOWN.items()})
                 pending.clear()
-                left_out = replaced = 0
+                counts.clear()
                 run.check()
                 waiting.reset()
             if evaluates:

@@ -29,6 +29,14 @@ def compilation_cache(tmp_path_factory):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+    """Programs that were compiled for one file are of no use to the next, and all together take gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture(scope='session')
 def shapes():
     """`shapes('d3')`: the variables of a model with 90 classes as shapes; each network is traced once per session."""

@@ -25,8 +25,9 @@ def keys():
 def pictures(draw):
     """(image with one white rectangle and noise as padding, its box yxyx, valid_size); the box ends before the edge."""
     height, width = draw(st.integers(2, HEIGHT)), draw(st.integers(3, WIDTH))
-    y1, x1 = draw(st.integers(0, height - 1)), draw(st.integers(1, width - 1))
-    y2, x2 = draw(st.integers(y1 + 1, height)), draw(st.integers(x1 + 1, width))
+    last = min(width, WIDTH - 1)  # boxes are cut there before, and after every flip
+    y1, x1 = draw(st.integers(0, height - 1)), draw(st.integers(1, last - 1))
+    y2, x2 = draw(st.integers(y1 + 1, height)), draw(st.integers(x1 + 1, last))
     image = np.random.default_rng(0).integers(1, 200, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     image[:height, :width] = 0
     image[y1:y2, x1:x2] = 255
