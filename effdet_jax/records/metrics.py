@@ -1,5 +1,6 @@
 """What a run says while it works: numbers into files, progress and tables onto the terminal."""
 
+import contextlib
 import io
 import json
 import math
@@ -157,6 +158,18 @@ def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]
         for count, item in enumerate(items, start=1):
             yield item
             progress.update(count)
+
+
+@contextlib.contextmanager
+def stage(description: str) -> Iterator[None]:
+    """A spinner beside `description` on a terminal; when it is done, a line that says how long it took."""
+    start = perf_counter()
+    shown = (
+        console.status(description) if console.is_interactive and console.file.isatty() else contextlib.nullcontext()
+    )
+    with shown:
+        yield
+    say(f'{description}: {perf_counter() - start:.0f} s')
 
 
 def say(line: str) -> None:
