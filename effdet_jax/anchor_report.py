@@ -82,7 +82,7 @@ def propose(config: Any, boxes: Float[np.ndarray, 'K 4']) -> anchor_fit.Anchors:
 
 def _worth(iou_K: np.ndarray) -> tuple[float, float]:
     """Recall first; differences that mean nothing are rounded away."""
-    return tuple(round(float(value) / BETTER) for value in (_recall(iou_K), iou_K.mean()))
+    return round(_recall(iou_K) / BETTER), round(float(iou_K.mean()) / BETTER)
 
 
 def _groups(listing: data.Listing, numbers_K: np.ndarray) -> list[tuple[str, Bool[np.ndarray, 'K']]]:

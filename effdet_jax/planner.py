@@ -141,9 +141,7 @@ def _network(config: Any, model: EfficientDet) -> str:
     with stage('counting parameters'):
         costs = cost_of_parts(model, (height, width))
     rows = [(part, cost.parameters, cost.macs / 1e9) for part, cost in costs.items()]
-    rows.append(
-        ('total', sum(c.parameters for c in costs.values()), f'{sum(c.macs for c in costs.values()) / 1e9:.3f}')
-    )
+    rows.append(('total', sum(c.parameters for c in costs.values()), sum(c.macs for c in costs.values()) / 1e9))
     title = f'Network: {config.name}, {model.num_classes} classes, {height}x{width} pixels\n'
     return table(('part', 'parameters', 'multiply-accumulates of an image, billions'), rows, title)
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet
 from effdet_jax.training import parallel
 from effdet_jax.training.state import TrainState, init_state, init_variables
@@ -115,8 +116,16 @@ def replicated(shapes: Any) -> Any:
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """What a program needs on each device beside its arguments: buffers, code, results not written over arguments."""
+    """What a program needs on each device beside its arguments: buffers, code, results not written over arguments.
+
+    Raises:
+      UserError: where the compiler of the device does not say.
+    """
     m = compiled.memory_analysis()
+    if m is None:
+        raise UserError(
+            f'the {jax.default_backend()} compiler does not tell what memory a program needs: add --no-step'
+        )
     new_results = m.output_size_in_bytes - m.alias_size_in_bytes
     return m.temp_size_in_bytes + m.generated_code_size_in_bytes + new_results
 
