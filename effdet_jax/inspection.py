@@ -117,8 +117,8 @@ def inspect_sources(
         findings['eval'] += survey.leaks(listings['train'], listings['eval'], digests)
     fit = None
     if 'train' in listings:
-        best_ious, threshold, size = _best_ious(config), config.loss.match_threshold, tuple(config.image.size)
-        limits = (config.dataset.max_boxes, size, best_ious, threshold)
+        threshold, size = config.loss.match_threshold, tuple(config.image.size)
+        limits = (config.dataset.max_boxes, size, best_ious(config), threshold)
         findings['train'] += survey.check_training(listings['train'], *limits)
         if most == ALL:
             fit = anchor_fit(config, listings['train'])
@@ -166,23 +166,22 @@ def anchor_fit(config: Any, listing: data.Listing) -> AnchorFit | None:
     _, boxes_K4 = survey.network_boxes(listing, tuple(config.image.size))
     if len(boxes_K4) == 0:
         return None
-    unmatched_K = _best_ious(config)(boxes_K4) < threshold
+    unmatched_K = best_ious(config)(boxes_K4) < threshold
     few_K4 = boxes_K4[:: -(-len(boxes_K4) // ADVICE_OBJECTS)]
     unmatched_at = {
-        s: round(float((_best_ious(config, s)(few_K4) < threshold).mean()) * len(boxes_K4))
+        s: round(float((best_ious(config, scale=s)(few_K4) < threshold).mean()) * len(boxes_K4))
         for s in sorted({*SCALES, scale})
     }
     table = tuple(_by_size_and_ratio(boxes_K4, unmatched_K))
     return AnchorFit(scale, len(boxes_K4), int(unmatched_K.sum()), table, unmatched_at)
 
 
-def _best_ious(config: Any, scale: float | None = None) -> survey.BestIous:
+def best_ious(config: Any, **changes: Any) -> survey.BestIous:
+    """boxes yxyx [K, 4] in network pixels -> IoU [K] with the best anchor of `config`, in which `changes` apply."""
     a, size = config.model.anchors, tuple(config.image.size)
     levels = anchors.level_sizes(size, anchors.MIN_LEVEL, config.model.max_level)
-    return functools.partial(
-        anchors.best_ious, level_sizes=levels, image_size=size, scale=a.scale if scale is None else scale,
-        octaves=a.octaves, aspect_ratios=a.aspect_ratios,
-    )  # fmt: skip
+    chosen = dict(scale=a.scale, octaves=a.octaves, aspect_ratios=a.aspect_ratios) | changes
+    return functools.partial(anchors.best_ious, level_sizes=levels, image_size=size, **chosen)
 
 
 def _by_size_and_ratio(boxes_K4: np.ndarray, unmatched_K: np.ndarray) -> Iterable[tuple[str, str, int, int]]:

@@ -21,10 +21,10 @@ from effdet_jax.records.files import only_process
 from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, read_metrics, say, table
 from effdet_jax.records.sessions import record_session
 from effdet_jax.training import incidents, parallel
-from effdet_jax.training.optimizer import make_optimizer, path_matches, thaw_step
+from effdet_jax.training.optimizer import path_matches, thaw_step
 from effdet_jax.training.preemption import notices
 from effdet_jax.training.state import TrainState, Variables, init_state, init_variables
-from effdet_jax.training.step import make_train_step
+from effdet_jax.training.step import map_train_step
 from effdet_jax.training.transfer import transfer
 
 HEADLINE = ('AP', 'AP50', 'AP75')
@@ -184,10 +184,7 @@ def build(config: Any, workdir: Path) -> Run:
 
     unreadable = data.Unreadable(train_source, c.dataset.max_unreadable, say)
 
-    optimizer, schedule = make_optimizer(c, steps_per_epoch, total_steps)
-    train_step = parallel.map_devices(
-        make_train_step(c, model, optimizer, schedule, anchors_N4), donate=(0,), static=(2,)
-    )
+    train_step, optimizer = map_train_step(c, model, anchors_N4, steps_per_epoch, total_steps)
     detect = parallel.map_devices(make_detect(c, model))
     evaluate_all = evaluate.make_evaluate(c, eval_source, detect)
 

@@ -47,7 +47,13 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message):
 
 @pytest.mark.parametrize(
     ('command', 'flag'),
-    [('main', '--workdir'), ('predict', '--workdir'), ('check_data', '--out'), ('report', '--workdir')],
+    [
+        ('main', '--workdir'),
+        ('predict', '--workdir'),
+        ('check_data', '--out'),
+        ('report', '--workdir'),
+        ('plan', '--memory'),
+    ],
 )
 def test_help_is_no_failure(command, flag):
     code, out, _ = start(command, '--help')
@@ -103,3 +109,30 @@ def test_check_data_fails_where_there_is_an_error_and_writes_only_what_it_is_tol
     assert (code, error) == (0, '')
     assert '0 errors' in out
     assert {path.name for path in tmp_path.iterdir()} == {'boxes.csv', 'found'}
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'code', 'message'),
+    [
+        ((), 2, 'error: --config missing'),
+        (('--config=configs/d0.py', '--fit', '--no-data'), 2, '--fit needs the data'),
+        (('--config=configs/d0.py', '--memory=16'), 1, 'error: --memory=16 is no amount of memory'),
+        (('--config=configs/d0.py', '--batch=0'), 2, 'batch'),
+    ],
+)
+def test_plan_says_what_is_wrong_in_one_line(arguments, code, message):
+    returned, out, error = start('plan', *arguments)
+    assert (returned, out) == (code, '')
+    assert message in error
+    assert error.count('\n') == 1
+
+
+def test_a_plan_of_shapes_alone(tmp_path):
+    out = tmp_path / 'plans' / 'quickstart.md'
+    code, printed, error = start(
+        'plan', '--config=configs/quickstart.py', '--no-step', '--no-data', '--batch=24', f'--out={out}'
+    )
+    assert (code, error) == (0, '')
+    assert out.read_text().splitlines()[0] == 'Network: nano, 90 classes, 128x128 pixels'
+    assert all(section in printed for section in out.read_text().split('\n\n'))
+    assert 'batch 24 on ' in printed

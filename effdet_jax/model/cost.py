@@ -1,5 +1,6 @@
 """What a network costs, from shapes alone: parameters and multiply-accumulates of its parts."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,16 +24,24 @@ def cost_of_parts(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Co
     A kernel [h, w, in / groups, out] is applied once at every position of its layer's output: that many times its
     size are the multiply-accumulates. Published "FLOPs" of detectors are these, not twice these (spec 1).
     """
+    return sum_costs(trace(model, image_size))
+
+
+def trace(model: nn.Module, image_size: tuple[int, int]) -> Mapping[str, Any]:
+    """Shapes of everything that a forward pass over one image touches: params, batch_stats, intermediates."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
 
-    def outputs(variables: Any, images: jax.Array) -> Any:
-        _, state = model.apply(variables, images, capture_intermediates=True)
-        return state['intermediates']
+    def init(images: jax.Array) -> Any:
+        return model.init(jax.random.key(0), images, mutable=True, capture_intermediates=True)
 
-    calls: dict[Path, Any] = dict(traverse_util.flatten_dict(jax.eval_shape(outputs, variables, images)))
+    return jax.eval_shape(init, images)
+
+
+def sum_costs(traced: Mapping[str, Any]) -> dict[str, Cost]:
+    """As `cost_of_parts`, for what `trace` returned."""
+    calls: dict[Path, Any] = dict(traverse_util.flatten_dict(traced['intermediates']))
+    parameters: dict[Path, Any] = dict(traverse_util.flatten_dict(traced['params']))
     costs: dict[str, Cost] = {}
-    parameters: dict[Path, Any] = dict(traverse_util.flatten_dict(variables['params']))
     for path, parameter in parameters.items():
         positions = 0
         if path[-1] == 'kernel':

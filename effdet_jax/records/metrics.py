@@ -190,6 +190,18 @@ def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]
             progress.update(count)
 
 
+@contextlib.contextmanager
+def stage(description: str) -> Iterator[None]:
+    """A spinner beside `description` on a terminal; when it is done, a line that says how long it took."""
+    start = perf_counter()
+    shown = (
+        console.status(description) if console.is_interactive and console.file.isatty() else contextlib.nullcontext()
+    )
+    with shown:
+        yield
+    say(f'{description}: {perf_counter() - start:.0f} s')
+
+
 def say(line: str) -> None:
     """Prints, above the bar where there is one."""
     with contextlib.suppress(OSError):  # a full disk that takes the output, a terminal that is gone: no reason to end

@@ -16,12 +16,25 @@ from flax import traverse_util
 from effdet_jax.detection import assignment, losses, preprocess
 from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet
-from effdet_jax.training import augment
-from effdet_jax.training.optimizer import is_kernel, path_matches
+from effdet_jax.training import augment, parallel
+from effdet_jax.training.optimizer import is_kernel, make_optimizer, path_matches
 from effdet_jax.training.state import BATCH_STATS_DECAY, TrainState, Variables, moving_average
 
 Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], valid_size [B, 2], boxes [B, M, 4] yxyx, labels [B, M]
 Metrics = dict[str, jax.Array]
+
+
+def map_train_step(
+    config: Any, model: EfficientDet, anchors_N4: Any, steps_per_epoch: int, total_steps: int
+) -> tuple[Callable, optax.GradientTransformation]:
+    """(the step on every device, for arrays with a leading axis of devices; its optimiser). It takes the state over.
+
+    Raises:
+      UserError: as `make_optimizer` and `make_train_step`.
+    """
+    optimizer, schedule = make_optimizer(config, steps_per_epoch, total_steps)
+    step = make_train_step(config, model, optimizer, schedule, anchors_N4)
+    return parallel.map_devices(step, donate=(0,), static=(2,)), optimizer
 
 
 def make_train_step(

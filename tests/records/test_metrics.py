@@ -234,3 +234,9 @@ def read_events(folder):
             events.append(Event.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
     return events
+
+
+def test_a_stage_says_how_long_it_took():
+    with metrics.console.capture() as printed, metrics.stage('compiling'):
+        pass
+    assert printed.get() == 'compiling: 0 s\n'

@@ -1,0 +1,135 @@
+"""What a training step takes: memory, from the compiler's own layout of the buffers, and time, from running it."""
+
+import dataclasses
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from effdet_jax.errors import UserError
+from effdet_jax.model import EfficientDet
+from effdet_jax.training import parallel
+from effdet_jax.training.state import TrainState, init_state, init_variables
+from effdet_jax.training.step import map_train_step
+
+HostBatch = dict[str, np.ndarray]
+
+BATCHES_ON_DEVICE = 2  # the training loop hands the next one over while the device works
+SECONDS = 5.0  # of measuring
+# LLVM comes after the buffers are laid out: without its optimisation the layout is the same, and there much sooner.
+LAYOUT_ONLY = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Bytes on each device during a step. `temporary`: what lives within it only, activations above all."""
+
+    variables: int  # parameters and batch statistics
+    optimizer: int
+    average: int
+    batches: int
+    temporary: int | None  # None: not compiled
+
+    @property
+    def total(self) -> int:
+        return self.variables + self.optimizer + self.average + self.batches + (self.temporary or 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    """A config's training step, the very one that the training loop maps, and the shapes of its state."""
+
+    mapped: Any
+    state: TrainState
+    frozen: bool
+
+    def lower(self, batch: HostBatch) -> jax.stages.Lowered:
+        """For batches of these shapes."""
+        return self.mapped.lower(replicated(self.state), parallel.shard(batch), self.frozen)
+
+    def memory(self, batch: HostBatch, compiled: jax.stages.Compiled | None) -> StepMemory:
+        """Of a step on such a batch, which is divided among the devices of this host."""
+        state = self.state
+        return StepMemory(
+            variables=tree_bytes(state.variables),
+            optimizer=tree_bytes(state.optimizer),
+            average=tree_bytes(state.ema),
+            batches=BATCHES_ON_DEVICE * tree_bytes(batch) // jax.local_device_count(),
+            temporary=compiled and temporary_bytes(compiled),
+        )
+
+    def random_state(self) -> TrainState:
+        """On the devices; its values mean nothing."""
+        rng = np.random.default_rng(0)
+        return parallel.replicate(jax.tree.map(lambda x: rng.uniform(0, 0.02, x.shape).astype(x.dtype), self.state))
+
+
+def seconds_per_step(compiled: jax.stages.Compiled, state: TrainState, batch: HostBatch) -> float:
+    """The mean of as many steps as take `SECONDS`, called as the training loop does; `state` is used up."""
+    state, metrics = jax.block_until_ready(compiled(state, parallel.shard(batch)))
+    start, steps = perf_counter(), 0
+    while steps < 2 or perf_counter() - start < SECONDS:
+        state, next_metrics = compiled(state, parallel.shard(batch))
+        jax.block_until_ready(metrics)
+        metrics = next_metrics
+        steps += 1
+    jax.block_until_ready(state)
+    return (perf_counter() - start) / steps
+
+
+def plan_step(config: Any, model: EfficientDet, anchors: Float[np.ndarray, 'N 4'], frozen: bool) -> PlannedStep:
+    """Traces, compiles and allocates nothing. `frozen`: while `config.train.freeze` holds."""
+    mapped, optimizer = map_train_step(config, model, anchors, 1000, 1000)  # no shape depends on the schedule
+    variables = jax.eval_shape(lambda: init_variables(model, config.seed))
+    state = jax.eval_shape(lambda fresh: init_state(fresh, optimizer, config.train.ema_decay), variables)
+    return PlannedStep(mapped, state, frozen)
+
+
+def random_batch(config: Any, batch_size: int, num_classes: int, objects: int) -> HostBatch:
+    """Noise, with so many objects in each image."""
+    rng, most = np.random.default_rng(0), config.dataset.max_boxes
+    size_2 = np.array(config.image.size)
+    corners_BM22 = np.sort(rng.uniform(0, 1, (batch_size, most, 2, 2)), axis=2) * size_2
+    labels_BM = rng.integers(0, num_classes, (batch_size, most))
+    return {
+        'image': rng.integers(0, 256, (batch_size, *size_2, 3), np.uint8),
+        'valid_size': np.tile(size_2, (batch_size, 1)).astype(np.int32),
+        'boxes': corners_BM22.reshape(batch_size, most, 4).astype(np.float32),
+        'labels': np.where(np.arange(most) < objects, labels_BM, -1).astype(np.int32),
+        # The step does not read these, but they travel with the others.
+        'index': np.zeros(batch_size, np.int32),
+        'unreadable': np.full(batch_size, -1, np.int32),
+        'dropped': np.zeros(batch_size, np.int32),
+    }
+
+
+def compile_layout(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """To ask for its memory only: on CPU it compiles sooner and would run slowly."""
+    return lowered.compile(LAYOUT_ONLY if jax.default_backend() == 'cpu' else None)
+
+
+def replicated(shapes: Any) -> Any:
+    """Shapes as `parallel.replicate` makes them."""
+    return jax.eval_shape(parallel.replicate, shapes)
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a program needs on each device beside its arguments: buffers, code, results not written over arguments.
+
+    Raises:
+      UserError: where the compiler of the device does not say.
+    """
+    m = compiled.memory_analysis()
+    if m is None:
+        raise UserError(
+            f'the {jax.default_backend()} compiler does not tell what memory a program needs: add --no-step'
+        )
+    new_results = m.output_size_in_bytes - m.alias_size_in_bytes
+    return m.temp_size_in_bytes + m.generated_code_size_in_bytes + new_results
+
+
+def tree_bytes(tree: Any) -> int:
+    """Of all arrays, or shapes of arrays, in a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
