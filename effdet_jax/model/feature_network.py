@@ -151,7 +151,7 @@ def global_attention(a: Float[Array, 'B H W C'], b: Float[Array, 'B H W C']) -> 
     The paper does not say which of two maps is pooled. It is the first one, and by its maximum, in the authors' code
     (tensorflow/models, nasfpn), whose order of inputs `nasfpn` follows; ports to PyTorch pool the same one by its mean.
     """
-    # Not a.max(): its gradient looks for the largest value by ==, and where XLA computed `a` twice, with other rounding,
+    # Not a.max(): its gradient looks for the largest value by ==, and where XLA computes `a` twice, rounding otherwise,
     # there may be none, which is nan (seen on CPU).
     return a + b * nn.sigmoid(nn.max_pool(a, a.shape[1:3]))
 
