@@ -19,7 +19,7 @@ from effdet_jax.records.pictures import PALETTE
 RADIUS = 0.21  # of a node, where the rows are 1 apart
 GAP = 1.25  # between columns
 STEEPEST = 1.9  # rows that an edge may climb in one unit to the right; more moves the columns apart
-MARGIN = 1.05  # left and right of the nodes, for the names of the levels
+LEFT, MARGIN = 0.8, 1.05  # of the nodes, for the names of the levels; right: to the end of the arrows
 INCHES = 0.62  # of a unit
 SUFFIXES = ('.png', '.svg')
 INK, MUTED, CELL = '#222222', '#767676', '#f3f4f6'
@@ -82,7 +82,7 @@ def draw_network(axes: Axes, table: Table, min_level: int, title: str, cells: in
         axes.text(x - 0.35, y, f'P{min_level + i}', ha='right', va='center', color=INK, fontsize=9)
         axes.text(right + MARGIN + 0.08, y, f'P{min_level + i}', ha='left', va='center', color=INK, fontsize=9)
     axes.set_title(title, fontsize=9.5, color=INK, linespacing=1.35)
-    axes.set(xlim=(-0.35 - 0.45, right + MARGIN + 0.6), ylim=(min(rows) - 0.75, max(rows) + 0.5), aspect='equal')
+    axes.set(xlim=(-LEFT, right + MARGIN + 0.6), ylim=(min(rows) - 0.75, max(rows) + 0.5), aspect='equal')
     axes.axis('off')
     if legend:
         add_legend(axes, any(pooled for _, _, pooled in table))
@@ -102,10 +102,15 @@ def add_legend(axes: Any, attention: bool) -> None:
 
 
 def size_in_inches(table: Table, min_level: int) -> tuple[float, float]:
-    """Of the whole picture."""
+    """Of a picture with title and legend."""
+    width, height = extent(table, min_level)
+    return max(4.6, INCHES * width), INCHES * height + 0.85
+
+
+def extent(table: Table, min_level: int) -> tuple[float, float]:
+    """(width, height) of a network without its title; rows are 1 apart."""
     places = _places(table, min_level)
-    rows = len(places) - len(table)
-    return max(4.6, INCHES * (max(x for x, _ in places) + MARGIN + 2.0)), INCHES * (rows + 0.3) + 0.85
+    return max(x for x, _ in places) + LEFT + MARGIN + 0.6, len(places) - len(table) + 0.25
 
 
 def columns_of(table: Table, min_level: int) -> list[int]:

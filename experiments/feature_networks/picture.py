@@ -13,21 +13,21 @@ from effdet_jax.model.feature_network import FEATURE_NETWORKS
 from effdet_jax.records import network_drawing
 from effdet_jax.records.metrics import say, table
 
-ROWS = (('fpn', 'panet', 'fully_connected'), ('bifpn', 'nasfpn', 'qufpn'))
+ROWS = (('fpn', 'panet', 'bifpn', 'fully_connected'), ('nasfpn', 'qufpn'))  # of about the same width
 
 
 def main(out: str, max_level: str = '7') -> None:
     config = default.get_config('d0')
     config.model.max_level = int(max_level)
-    figure = plt.figure(figsize=(12.4, 8.6 + 1.2 * (config.model.max_level - 7)), layout='constrained')
+    figure = plt.figure(figsize=(11.6, 8.3 + 1.3 * (config.model.max_level - 7)), layout='constrained')
     costs = {}
     for row, names in zip(figure.subfigures(len(ROWS), 1), ROWS, strict=True):
         tables = [FEATURE_NETWORKS[name](3, config.model.max_level) for name in names]
-        widths = [network_drawing.size_in_inches(nodes, 3)[0] for nodes in tables]
+        widths = [network_drawing.extent(nodes, 3)[0] for nodes in tables]
         for axes, name, nodes in zip(row.subplots(1, len(names), width_ratios=widths), names, tables, strict=True):
             config.model.feature_network.name = name
             costs[name] = planner.feature_network_cost(config)
-            title = f'{name}\n{costs[name].parameters:,} parameters, {costs[name].macs / 1e9:.3f} G multiply-adds'
+            title = f'{name}\n{costs[name].parameters:,} parameters\n{costs[name].macs / 1e9:.3f} G multiply-adds'
             network_drawing.draw_network(axes, nodes, 3, title, legend=False)
     network_drawing.add_legend(figure, attention=True)
     figure.savefig(out, dpi=110)
