@@ -59,10 +59,9 @@ def qufpn(min_level: int, max_level: int) -> tuple[Node, ...]:
 
 
 def fully_connected(min_level: int, max_level: int) -> tuple[Node, ...]:
-    """One node per level, which reads every input.
+    """One node per level, which reads every input: the fully-connected FPN that the paper compares with.
 
-    The fully-connected FPN of table 4, "all input features to all output features" in the first version of the paper.
-    That a cell has no more nodes than outputs is our reading.
+    It gives no figure; that a cell is a single layer of nodes is our reading of its name.
     """
     levels = range(min_level, max_level + 1)
     return tuple(Node(level, tuple(range(len(levels)))) for level in levels)
@@ -71,8 +70,8 @@ def fully_connected(min_level: int, max_level: int) -> tuple[Node, ...]:
 def nasfpn(min_level: int, max_level: int) -> tuple[Node, ...]:
     """The cell that Ghiasi, Lin, Le 2019 found (figure 6), whose seven nodes merge two maps each.
 
-    By section 3.1 there, a map that nobody reads joins the output of its level: here the inputs P5 and P7. The search
-    was for P3-P7. For P3-P8 we add one node behind it, which reads what BiFPN's last does: the input P8 and the new P7.
+    By the rule of that search a map that nobody reads joins the output of its level: here the inputs P5 and P7. The
+    search was for P3-P7. For P3-P8 we add one node behind it, which reads what BiFPN's last does: the input P8 and the new P7.
 
     Raises:
       UserError: for other levels.
@@ -148,8 +147,9 @@ FUSIONS: dict[str, Callable[[Array], Array] | None] = {
 def global_attention(a: Float[Array, 'B H W C'], b: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
     """GP of Ghiasi, Lin, Le 2019 (figure 4b): `a`, and of `b` those channels that are strong anywhere in `a`.
 
-    The paper does not say which of two maps is pooled. It is the first one, and by its maximum, in the authors' code
-    (tensorflow/models, nasfpn), whose order of inputs `nasfpn` follows; ports to PyTorch pool the same one by its mean.
+    The figure of the network does not tell which of two maps is pooled. In the authors' code (tensorflow/models,
+    nasfpn), whose order of inputs is ours, it is the first one, by its maximum; mmdetection pools the same one, by its
+    mean.
     """
     # Not a.max(): its gradient looks for the largest value by ==, and where XLA computes `a` twice, rounding otherwise,
     # there may be none, which is nan (seen on CPU).
