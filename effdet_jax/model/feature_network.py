@@ -71,7 +71,7 @@ def nasfpn(min_level: int, max_level: int) -> tuple[Node, ...]:
     """The cell that Ghiasi, Lin, Le 2019 found (figure 6), whose seven nodes merge two maps each.
 
     By the rule of that search a map that nobody reads joins the output of its level: here the inputs P5 and P7. The
-    search was for P3-P7. For P3-P8 we add one node behind it, which reads what BiFPN's last does: the input P8 and the new P7.
+    search was for P3-P7. For P3-P8 we add one node behind it, which reads the input P8 and the new P7, as BiFPN's does.
 
     Raises:
       UserError: for other levels.

@@ -19,7 +19,7 @@ ROWS = (('fpn', 'panet', 'bifpn', 'fully_connected'), ('nasfpn', 'qufpn'))  # of
 def main(out: str, max_level: str = '7') -> None:
     config = default.get_config('d0')
     config.model.max_level = int(max_level)
-    figure = plt.figure(figsize=(11.6, 8.3 + 1.3 * (config.model.max_level - 7)), layout='constrained')
+    figure = plt.figure(figsize=(11.6, 8.4 + 1.3 * (config.model.max_level - 7)), layout='constrained')
     costs = {}
     for row, names in zip(figure.subfigures(len(ROWS), 1), ROWS, strict=True):
         tables = [FEATURE_NETWORKS[name](3, config.model.max_level) for name in names]
@@ -27,7 +27,7 @@ def main(out: str, max_level: str = '7') -> None:
         for axes, name, nodes in zip(row.subplots(1, len(names), width_ratios=widths), names, tables, strict=True):
             config.model.feature_network.name = name
             costs[name] = planner.feature_network_cost(config)
-            title = f'{name}\n{costs[name].parameters:,} parameters\n{costs[name].macs / 1e9:.3f} G multiply-adds'
+            title = f'{name}\n{costs[name].parameters:,} parameters, {costs[name].macs / 1e9:.3f} G'
             network_drawing.draw_network(axes, nodes, 3, title, legend=False)
     network_drawing.add_legend(figure, attention=True)
     figure.savefig(out, dpi=110)
