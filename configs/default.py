@@ -41,8 +41,12 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
             ),
             model=dict(
                 backbone=scale.backbone,
-                feature_network='bifpn',
-                fusion=scale.fusion,  # fast, softmax, sum
+                feature_network=dict(
+                    name='bifpn',  # bifpn, fpn, panet, nasfpn, qufpn, fully_connected
+                    fusion=scale.fusion,  # fast, softmax, sum
+                    per_channel=False,  # a weight for every channel of an edge, not one for the edge
+                    separable=True,  # depthwise and pointwise convolutions, not 3x3 ones
+                ),
                 channels=scale.channels,
                 cells=scale.cells,
                 head_layers=scale.head_layers,

@@ -74,10 +74,18 @@ def load(workdir: Path) -> ConfigDict:
     config = default.get_config('d0')  # for keys that are younger than the run
     try:
         with config.unlocked():
-            config.update(_with_tuples(json.loads(path.read_text(encoding='utf-8'))))
-    except (ValueError, TypeError) as error:
+            config.update(_with_tuples(_with_todays_keys(json.loads(path.read_text(encoding='utf-8')))))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it from a checkpoint's config/") from error
     return config
+
+
+def _with_todays_keys(saved: dict[str, Any]) -> dict[str, Any]:
+    """Runs from before there were several feature networks have `model.feature_network` and `model.fusion` as names."""
+    model = saved['model']
+    if isinstance(model['feature_network'], str):
+        model['feature_network'] = {'name': model['feature_network'], 'fusion': model.pop('fusion')}
+    return saved
 
 
 def _with_tuples(value: Any) -> Any:

@@ -54,6 +54,8 @@ def import_weights(
     if has_checkpoints(workdir):
         raise UserError(f'{workdir} holds checkpoints already: choose another --workdir')
     found = families.recognise(readers.read(source))
+    if found.whole:
+        _refuse_other_feature_networks(config)
     say(f'{source}: {found.family}, {families.size_of(found)}')
     preset = preset if preset != 'auto' else choose_preset(found, config, source.name)
     settings = apply_preset(config, preset)
@@ -94,6 +96,17 @@ def import_weights(
     except OSError as error:
         raise UserError(f'{workdir} cannot be written ({error.strerror or error}): choose another --workdir') from error
     _say_what_next(workdir, found.whole)
+
+
+def _refuse_other_feature_networks(config: Any) -> None:
+    """Published detectors are of one kind; a backbone alone may go before any feature network."""
+    published = {'name': 'bifpn', 'per_channel': False, 'separable': True}
+    for key, value in published.items():
+        if (given := config.model.feature_network[key]) != value:
+            raise UserError(
+                f'config.model.feature_network.{key}={given}: detectors can be imported only with {value}, other '
+                'feature networks can be trained from an imported backbone'
+            )
 
 
 def choose_preset(found: families.Recognised, config: Any, file_name: str) -> str:

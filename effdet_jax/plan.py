@@ -21,6 +21,7 @@ BATCH = flags.DEFINE_integer('batch', None, 'short for --config.train.batch_size
 NO_STEP = flags.DEFINE_bool('no-step', False, 'do not compile the training step: seconds, but no activations, no time')
 NO_DATA = flags.DEFINE_bool('no-data', False, 'do not open the training data: no anchors, 90 classes unless named')
 FIT = flags.DEFINE_bool('fit', False, 'propose anchor scale and aspect ratios by k-means on IoU')
+DRAW = flags.DEFINE_string('draw', '', 'SVG or PNG file for a picture of the feature network')
 OUT = flags.DEFINE_string('out', '', 'Markdown file for the plan')
 
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str]) -> None:
     if BATCH.value:
         config.train.batch_size = BATCH.value
     memory = planner.parse_bytes(MEMORY.value) if MEMORY.value else None
+    if DRAW.value:
+        planner.draw_feature_network(config, Path(DRAW.value))
     sections = []
     for section in planner.plan(config, memory, not NO_DATA.value, not NO_STEP.value, FIT.value):
         say(f'\n{section}')

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -17,12 +18,16 @@ from effdet_jax import anchor_report, data
 from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import EfficientDet, build_model
-from effdet_jax.model.cost import cost_of_parts
-from effdet_jax.records.metrics import stage, table, track
+from effdet_jax.model.cost import Cost, cost_of_parts
+from effdet_jax.model.efficientdet import BACKBONE_LEVELS
+from effdet_jax.model.feature_network import FEATURE_NETWORKS
+from effdet_jax.records.metrics import say, stage, table, track
+from effdet_jax.records.network_drawing import save_drawing
 from effdet_jax.training import footprint, parallel
 from effdet_jax.training.footprint import HostBatch, PlannedStep, StepMemory
 from effdet_jax.training.optimizer import thaw_step
 
+MIN_LEVEL = BACKBONE_LEVELS[0]
 CLASSES_WITHOUT_DATA = 90  # COCO's
 OBJECTS_WITHOUT_DATA = 8  # of an image
 SAMPLE = 2000  # images looked at, where each would have to be read or drawn
@@ -79,6 +84,33 @@ def plan(
     with stage(f'measuring steps of {runs} images'):
         seconds = footprint.seconds_per_step(compiled, step.random_state(), batch_of(runs)) / runs * batch_size
     yield _time(config, seconds, runs, batch_size, source)
+
+
+def draw_feature_network(config: Any, path: Path) -> None:
+    """Writes a picture of the feature network, drawn from its table, with what it costs: SVG or PNG.
+
+    Raises:
+      UserError: where the file cannot be written, or the config names no feature network.
+    """
+    m, network, (height, width) = config.model, config.model.feature_network, config.image.size
+    cost = feature_network_cost(config)
+    title = (
+        f'{network.name}, P{MIN_LEVEL}-P{m.max_level}, {m.cells} x {m.channels} channels, {network.fusion} fusion'
+        f'{" per channel" * network.per_channel}{", plain convolutions" * (not network.separable)}\n'
+        f'{cost.parameters:,} parameters, {cost.macs / 1e9:.3g} billion multiply-adds at {height}x{width}'
+    )
+    try:
+        save_drawing(path, FEATURE_NETWORKS[network.name](MIN_LEVEL, m.max_level), MIN_LEVEL, title, m.cells)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror or error}): choose another --draw') from error
+    say(f'{path}: the feature network {network.name}')
+
+
+def feature_network_cost(config: Any) -> Cost:
+    """Of the cells and of the projection that makes P6."""
+    parts = cost_of_parts(build_model(config.model, CLASSES_WITHOUT_DATA), tuple(config.image.size))
+    ours = [cost for part, cost in parts.items() if part == 'fpn' or part.startswith('resample_')]
+    return Cost(sum(cost.parameters for cost in ours), sum(cost.macs for cost in ours))
 
 
 class Line(NamedTuple):

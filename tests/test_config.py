@@ -1,4 +1,5 @@
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def test_the_family(name):
     assert c.name == name
     assert c.image.size == (size, size)
     assert c.model.to_dict() == {
-        'backbone': backbone, 'feature_network': 'bifpn', 'fusion': fusion, 'channels': channels, 'cells': cells,
+        'backbone': backbone, 'channels': channels, 'cells': cells,
+        'feature_network': {'name': 'bifpn', 'fusion': fusion, 'per_channel': False, 'separable': True},
         'head_layers': layers, 'max_level': max_level, 'stochastic_depth': stochastic_depth,
         'anchors': {'scale': anchor_scale, 'octaves': 3, 'aspect_ratios': (1.0, 2.0, 0.5)},
         'dtype': 'float32', 'remat': False,
@@ -118,12 +120,23 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert run_config.to_json(run_config.load(tmp_path)) == run_config.to_json(tiny.config())
 
 
+def test_a_run_from_before_feature_networks_had_options_is_read(tmp_path):
+    run_config.save(tiny.config(), tmp_path)
+    saved = json.loads((tmp_path / 'config.json').read_text())
+    saved['model'] |= {'feature_network': 'bifpn', 'fusion': 'softmax'}
+    (tmp_path / 'config.json').write_text(json.dumps(saved))
+    expected = tiny.config()
+    expected.model.feature_network.fusion = 'softmax'
+    assert run_config.to_json(run_config.load(tmp_path)) == run_config.to_json(expected)
+
+
 def test_a_folder_without_a_run_and_a_damaged_config_are_named(tmp_path):
     with pytest.raises(UserError, match=r'config\.json does not exist: give the --workdir of a training run'):
         run_config.load(tmp_path)
-    (tmp_path / 'config.json').write_text('{"train": {')
-    with pytest.raises(UserError, match=r'config\.json is damaged'):
-        run_config.load(tmp_path)
+    for damaged in ('{"train": {', '{}', '[]'):
+        (tmp_path / 'config.json').write_text(damaged)
+        with pytest.raises(UserError, match=r'config\.json is damaged'):
+            run_config.load(tmp_path)
 
 
 @pytest.mark.parametrize(

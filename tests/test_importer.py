@@ -77,6 +77,13 @@ def test_another_member_of_the_family(tmp_path, refused):
     assert message.endswith('give --config=configs/d1.py')
 
 
+@pytest.mark.parametrize(('key', 'value'), [('name', 'panet'), ('per_channel', True), ('separable', False)])
+def test_a_detector_with_another_feature_network(key, value, tmp_path, refused):
+    config = imports.config()
+    config.model.feature_network[key] = value
+    refused(imports.file(tmp_path), f'config.model.feature_network.{key}={value}: detectors can be imported', config)
+
+
 @pytest.mark.parametrize(('theirs', 'ours', 'member'), [('b0', 'lite0', 'd0'), ('lite0', 'b0', 'lite0')])
 def test_a_lite_file_and_its_brother_of_the_same_size(theirs, ours, member, tmp_path, refused):
     layers = writers.layers(writers.Member(theirs, 64, 3, 3, weighted=theirs == 'b0', classes=90))
@@ -448,7 +455,9 @@ def test_training_would_replace_imported_weights(tmp_path):
 
 def test_a_backbone_is_no_detector(tmp_path):
     arrays = {name: array for name, array in imports.torch_arrays().items() if name.startswith('backbone.')}
-    importer.import_weights(imports.config(class_names=()), imports.file(tmp_path, arrays), tmp_path / 'imported')
+    config = imports.config(class_names=())
+    config.model.feature_network.name = 'nasfpn'  # a backbone goes before any
+    importer.import_weights(config, imports.file(tmp_path, arrays), tmp_path / 'imported')
     with pytest.raises(UserError, match='a backbone alone: train a detector'):
         Detector.load(tmp_path / 'imported')
     assert jax.tree.leaves(load_variables(tmp_path / 'imported')[1])

@@ -161,6 +161,23 @@ def test_data_that_cannot_be_opened_can_be_left_out(toy_config):
         list(planner.plan(toy_config))
 
 
+def test_a_feature_network_is_drawn_with_its_cost(tmp_path):
+    config = default.get_config('d0')
+    planner.draw_feature_network(config, tmp_path / 'bifpn.svg')
+    picture = (tmp_path / 'bifpn.svg').read_text()
+    assert 'bifpn, P3-P7, 3 x 64 channels, fast fusion' in picture
+    assert '196,281 parameters' in picture  # spec 1
+    config.model.feature_network.name = 'bigfpn'
+    with pytest.raises(UserError, match=r'feature_network\.name=.bigfpn. is unknown'):
+        planner.draw_feature_network(config, tmp_path / 'bigfpn.svg')
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='cannot be written'):
+        planner.draw_feature_network(default.get_config('nano'), tmp_path / 'file' / 'bifpn.svg')
+
+
 def test_anchors_are_told_by_coco_size_and_by_class():
     config = default.get_config('d0')  # the anchors of P3 are squares of 32 pixels and more, centred at 4, 12, ...
     fits, none_fits = (84.0, 84.0, 116.0, 116.0), (94.0, 94.0, 106.0, 106.0)

@@ -23,7 +23,8 @@ class EfficientDet(nn.Module):
     """The whole network, for images of any height and width.
 
     `axis_name` names the mapped axis over which training batch statistics are shared. `remat` recomputes each block in
-    the backward pass instead of keeping its activations.
+    the backward pass instead of keeping its activations. `fusion`, `per_channel` and `separable` are about the nodes of
+    the feature network (`feature_network.FusionNode`).
     """
 
     num_classes: int
@@ -39,6 +40,8 @@ class EfficientDet(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     axis_name: str | None = None
+    per_channel: bool = False
+    separable: bool = True
 
     @nn.compact
     def __call__(self, images: Float[Array, 'B H W 3'], train: bool = False) -> Outputs:
@@ -61,7 +64,7 @@ class EfficientDet(nn.Module):
             features.append(resample(features[-1], height, width, train))
         features = feature_network.FeatureNetwork(
             self.feature_network, min_level, self.max_level, self.channels, self.cells, self.fusion, activation, norm,
-            self.dtype, self.remat, name='fpn',
+            self.dtype, self.remat, self.per_channel, self.separable, name='fpn',
         )(features, train)  # fmt: skip
 
         def head(outputs: int, bias: float, name: str) -> Array:
@@ -81,22 +84,28 @@ def build_model(model_config: Any, num_classes: int, axis_name: str | None = Non
     """The network that `config.model` describes, for `num_classes` classes (there is no background class).
 
     Raises:
-      UserError: where a name in the config is not one of those this code knows.
+      UserError: where a name in the config is not one of those this code knows, or keys contradict each other.
     """
-    c = model_config
+    c, network = model_config, model_config.feature_network
     for what, name, known in (
         ('backbone', c.backbone, efficientnet.VARIANTS),
-        ('feature_network', c.feature_network, feature_network.FEATURE_NETWORKS),
-        ('fusion', c.fusion, feature_network.FUSIONS),
+        ('feature_network.name', network.name, feature_network.FEATURE_NETWORKS),
+        ('feature_network.fusion', network.fusion, feature_network.FUSIONS),
         ('dtype', c.dtype, DTYPES),
     ):
         if name not in known:
             raise UserError(f'config.model.{what}={name!r} is unknown: choose one of {", ".join(known)}')
+    feature_network.FEATURE_NETWORKS[network.name](BACKBONE_LEVELS[0], c.max_level)  # it says which levels it is for
+    if network.per_channel and feature_network.FUSIONS[network.fusion] is None:
+        raise UserError(
+            f"config.model.feature_network.per_channel=True needs weights, and fusion='{network.fusion}' has none: "
+            'choose fast or softmax'
+        )
     return EfficientDet(
         num_classes=num_classes,
         backbone=c.backbone,
-        feature_network=c.feature_network,
-        fusion=c.fusion,
+        feature_network=network.name,
+        fusion=network.fusion,
         channels=c.channels,
         cells=c.cells,
         head_layers=c.head_layers,
@@ -106,4 +115,6 @@ def build_model(model_config: Any, num_classes: int, axis_name: str | None = Non
         dtype=DTYPES[c.dtype],
         remat=c.remat,
         axis_name=axis_name,
+        per_channel=network.per_channel,
+        separable=network.separable,
     )

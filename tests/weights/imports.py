@@ -17,7 +17,7 @@ def config(member=MEMBER, class_names=CLASS_NAMES):
     c.image.size = (64, 64)
     c.model.update(backbone=member.backbone, channels=member.channels, cells=member.cells)
     c.model.update(head_layers=member.head_layers, max_level=member.max_level)
-    c.model.fusion = 'fast' if member.weighted else 'sum'
+    c.model.feature_network.fusion = 'fast' if member.weighted else 'sum'
     c.dataset.class_names = class_names
     return c
 

@@ -33,7 +33,7 @@ def ours():
             c = default.get_config('d0').model
             c.update(backbone=member.backbone, channels=member.channels, cells=member.cells)
             c.update(head_layers=member.head_layers, max_level=member.max_level)
-            c.fusion = 'fast' if member.weighted else 'sum'
+            c.feature_network.fusion = 'fast' if member.weighted else 'sum'
             shapes = traverse_util.flatten_dict(names.shapes_of(build_model(c, member.classes)))
             layers = writers.layers(member)
             made[member] = layers, writers.draw(layers), shapes
