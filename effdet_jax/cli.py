@@ -9,6 +9,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 import configs
+from effdet_jax import startup
 from effdet_jax.errors import UserError
 
 
@@ -19,6 +20,7 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
 
 def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
     logging.set_verbosity(logging.FATAL)  # Orbax reports every file; what matters to the user we print ourselves
+    startup.prepare()
     try:
         main(arguments[1:])
     except app.UsageError as error:

@@ -23,8 +23,9 @@ gc.set_threshold(100_000)  # tracing makes many objects and no garbage: a quarte
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
-    """A program that two tests need is compiled once."""
-    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('jax')))
+    """A program that two tests need is compiled once, in commands too; nothing is left for or from another session."""
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder := tmp_path_factory.mktemp('jax'))
+    jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 

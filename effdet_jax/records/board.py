@@ -4,21 +4,39 @@
 disk the thread dies and the run waits for it for ever. Its encoders of summaries are used here.)
 """
 
+import contextlib
 import os
 import socket
 import struct
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from jaxtyping import UInt8
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # protobuf makes them
-from tensorboardX.record_writer import masked_crc32c
 
 from effdet_jax.records.files import Appender
+
+
+@contextlib.contextmanager
+def _as_if_absent(module: str) -> Iterator[None]:
+    """What is imported inside finds no such module, unless it is loaded already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # so does one tell Python that there is none
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+with _as_if_absent('torch'):  # tensorboardX loads it where it is installed: seconds, and nothing here needs it
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # protobuf makes them
+    from tensorboardX.record_writer import masked_crc32c
 
 HEADER = struct.Struct('<QI')  # length of the event, checksum of the length; a checksum of the event follows it
 FOOTER_BYTES = 4

@@ -1,0 +1,59 @@
+"""How a command starts: compiled programs are kept from one start to the next, and garbage is looked for less often."""
+
+import gc
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+FOLDER = 'JAX_COMPILATION_CACHE_DIR'
+SETTINGS = {  # of jax, which reads them where it is imported
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+    'JAX_COMPILATION_CACHE_MAX_SIZE': str(4 * 2**30),  # bytes; then the ones that were used longest ago go
+}
+OBJECTS_BEFORE_GARBAGE = 100_000
+
+
+def prepare() -> None:
+    """To be called before anything imports jax."""
+    # Tracing makes many objects and no garbage: with Python's 700, a quarter of its time goes into looking for it.
+    gc.set_threshold(OBJECTS_BEFORE_GARBAGE)
+    keep_programs(os.environ)
+
+
+def keep_programs(environment: MutableMapping[str, str]) -> None:
+    """Lets jax keep what it compiles in a folder of the user's, unless the environment names another one."""
+    if FOLDER in environment:
+        return
+    try:
+        folder = default_folder(environment)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write into it can run programs in our name
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, 'Permission denied')
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(f'warning: compiled programs are not kept ({reason}): {FOLDER}=FOLDER keeps them there', file=sys.stderr)
+        return
+    for name, value in {FOLDER: str(folder), **SETTINGS}.items():
+        environment.setdefault(name, value)
+
+
+def default_folder(environment: MutableMapping[str, str]) -> Path:
+    """Below XDG_CACHE_HOME or ~/.cache, one for each type of CPU: what was compiled for one may stop on another.
+
+    (A home may be shared by machines, and of jax's own key it is nowhere said that it knows the CPU's instructions.)
+    """
+    base = Path(environment.get('XDG_CACHE_HOME', ''))
+    base = base if base.is_absolute() else Path.home() / '.cache'
+    instructions = hashlib.sha256(_instructions().encode()).hexdigest()[:8]
+    return base / 'effdet_jax' / f'{platform.machine()}-{instructions}'
+
+
+def _instructions() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line for line in lines if line.startswith(('flags', 'Features'))), '')
