@@ -18,7 +18,7 @@ from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import build_model
 from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints, load_variables
 from effdet_jax.records.files import only_process
-from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, read_metrics, say, table
+from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, answer, read_metrics, say, table
 from effdet_jax.records.sessions import record_session
 from effdet_jax.training import incidents, parallel
 from effdet_jax.training.optimizer import path_matches, thaw_step
@@ -313,5 +313,5 @@ def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
 def report(metrics: dict[str, float], workdir: Path) -> None:
     """Prints the tables a run ends with."""
     classes = [name.removeprefix('AP/') for name in metrics if name.startswith('AP/')]
-    say('\n' + evaluate.summary(metrics, tuple(classes)))
+    answer('\n' + evaluate.summary(metrics, tuple(classes)))
     say(f'\n{workdir}: report.html  config.json  metrics.jsonl  checkpoints/  tensorboard/  pictures/')

@@ -29,6 +29,7 @@ SECONDS_BETWEEN_LINES = 10.0
 SECONDS_OF_SPEED = 120.0  # the time left follows the speed of the last two minutes
 
 console = Console()  # the only one: rich stacks nested bars, and prints above them, per console
+quiet = False  # cli's --quiet: neither bars nor what `say` says
 
 
 class MetricsLog:
@@ -79,8 +80,8 @@ class MetricsLog:
     def _warn(self, error: OSError | None) -> None:
         """Says so once, until the disk takes something again."""
         if error and not self._refused:
-            say(
-                f'WARNING: {self._workdir} takes no log ({error.strerror}): training goes on, and what is missing is '
+            warn(
+                f'{self._workdir} takes no log ({error.strerror}): training goes on, and what is missing is '
                 'written as soon as there is room'
             )
         self._refused = error is not None
@@ -160,7 +161,7 @@ class Progress:
         )
         self._bar.add_task(description, total=total, completed=start, values='')
         self._unit = unit
-        self._has_terminal = console.is_interactive and console.file.isatty()  # FORCE_COLOR makes no pipe a terminal
+        self._has_terminal = _has_terminal()
         self._next_line = monotonic() + SECONDS_BETWEEN_LINES
 
     def update(self, completed: int, values: Mapping[str, SupportsFloat] | None = None) -> None:
@@ -194,16 +195,24 @@ def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]
 def stage(description: str) -> Iterator[None]:
     """A spinner beside `description` on a terminal; when it is done, a line that says how long it took."""
     start = perf_counter()
-    shown = (
-        console.status(description) if console.is_interactive and console.file.isatty() else contextlib.nullcontext()
-    )
-    with shown:
+    with console.status(description) if _has_terminal() else contextlib.nullcontext():
         yield
     say(f'{description}: {perf_counter() - start:.0f} s')
 
 
 def say(line: str) -> None:
-    """Prints, above the bar where there is one."""
+    """Prints what a command is doing, above the bar where there is one. Not with --quiet."""
+    if not quiet:
+        answer(line)
+
+
+def warn(line: str) -> None:
+    """Prints what must not be missed, also with --quiet."""
+    answer(f'WARNING: {line}')
+
+
+def answer(line: str) -> None:
+    """Prints what the command was asked for, also with --quiet."""
     with contextlib.suppress(OSError):  # a full disk that takes the output, a terminal that is gone: no reason to end
         console.out(line, highlight=False)
 
@@ -257,6 +266,11 @@ class Waiting:
 
     def __exit__(self, *_) -> None:
         self._waited += perf_counter() - self._entered
+
+
+def _has_terminal() -> bool:
+    """Whether something that moves may be drawn. FORCE_COLOR makes no pipe a terminal."""
+    return console.is_interactive and console.file.isatty() and not quiet
 
 
 def _line(task: rich.progress.Task, unit: str) -> str:
