@@ -110,6 +110,9 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 max_detections=100,
             ),
             checkpoint=dict(every_epochs=1.0, keep=2, best='eval/AP'),
-            log=dict(every_steps=20),
+            log=dict(
+                every_steps=20,
+                wandb='',  # project, or entity/project, of Weights & Biases; empty: none
+            ),
         )
     )

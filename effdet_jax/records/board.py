@@ -8,8 +8,9 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -47,6 +48,18 @@ class Board:
     def text(self, name: str, text: str) -> OSError | None:
         """Markdown, at the first step of this part of the run."""
         return self._add(Event(step=self._first_step, summary=summary.text(name, text)))
+
+    def hyper_parameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> OSError | None:
+        """A row of the HPARAMS tab, with the last value of `metrics` beside; a run that continues has one already."""
+        if self._first_step > 1:
+            return None
+        known = {
+            name: value if isinstance(value, (str, bool, int, float)) else str(value) for name, value in values.items()
+        }
+        experiment, session, _ = summary.hparams(known, dict.fromkeys(metrics))
+        return self._add(
+            Event(step=self._first_step, summary=summary.Summary(value=[*experiment.value, *session.value]))
+        )
 
     def sync(self) -> None:
         self._file.sync()

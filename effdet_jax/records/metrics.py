@@ -22,6 +22,7 @@ from effdet_jax.errors import UserError
 from effdet_jax.records.board import Board
 from effdet_jax.records.files import Appender, write_atomically
 from effdet_jax.records.pictures import write_image
+from effdet_jax.records.wandb_run import WandbRun
 
 Item = TypeVar('Item')
 
@@ -38,14 +39,16 @@ class MetricsLog:
     A run that continues from `resume_step` first forgets what an earlier one wrote after that step, so that every step
     stands once. A number that is not finite is null in the file, for JSON knows no nan, and left out of TensorBoard.
     A disk that takes nothing ends no run: a warning is printed, and what it refused is written when it takes again.
+    What fails in `mirror` ends no run either: a warning is printed, and it gets no more.
     """
 
-    def __init__(self, workdir: Path, resume_step: int = 0) -> None:
+    def __init__(self, workdir: Path, resume_step: int = 0, mirror: WandbRun | None = None) -> None:
         self._workdir = workdir
         for name in ('metrics.jsonl', 'incidents.jsonl'):
             _forget_after(workdir / name, resume_step)
         self._lines, self._incidents = Appender(workdir / 'metrics.jsonl'), Appender(workdir / 'incidents.jsonl')
         self._board = Board(workdir / 'tensorboard', resume_step)
+        self._mirror = mirror
         self._refused = False
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
@@ -54,6 +57,7 @@ class MetricsLog:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self._warn(self._lines.append(_line_of({'step': step, **{name: finite.get(name) for name in values}})))
         self._warn(self._board.scalars(step, finite))
+        self._reflect('scalars', step, finite)
 
     def incident(self, step: int, incident: Mapping[str, Any]) -> None:
         """One line in `incidents.jsonl`, which exists only where there was one; `incident` is fit for JSON."""
@@ -67,6 +71,12 @@ class MetricsLog:
             except OSError as error:
                 self._warn(error)
             self._warn(self._board.picture(step, name, rgb))
+            self._reflect('picture', step, name, rgb)
+
+    def hyper_parameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """What the run is to be compared by: a column each, and one for the last value of each of `metrics`."""
+        self._warn(self._board.hyper_parameters(values, metrics))
+        self._reflect('hyper_parameters', values)
 
     def text(self, name: str, text: str) -> None:
         """Markdown in TensorBoard, such as the config."""
@@ -86,9 +96,18 @@ class MetricsLog:
             )
         self._refused = error is not None
 
+    def _reflect(self, method: str, *arguments: Any) -> None:
+        try:
+            if self._mirror:
+                getattr(self._mirror, method)(*arguments)
+        except Exception as error:  # whatever another's code raises
+            self._mirror = None
+            warn(f'Weights & Biases gets no more of this run ({error}): training goes on')
+
     def close(self) -> None:
         for file in (self._lines, self._incidents, self._board):
             file.close()
+        self._reflect('close')
 
     def __enter__(self) -> 'MetricsLog':
         return self
