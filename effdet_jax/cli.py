@@ -33,6 +33,7 @@ COMMANDS = {
     'train': Command('main', 'train and evaluate what a config describes, or continue where it stands'),
     'eval': Command('main', 'evaluate the best checkpoint of a run', ('--mode=eval',)),
     'predict': Command('predict', 'detect in images and videos: pictures and detections.json'),
+    'export': Command('export', 'a run as one file of StableHLO, a SavedModel or ONNX'),
     'report': Command('report', 'one HTML page about a run'),
     'check-data': Command('check_data', 'what is wrong with the data of a config'),
     'plan': Command('plan', 'parameters, memory, largest batch and time, before a run'),
