@@ -192,7 +192,7 @@ def build(config: Any, workdir: Path) -> Run:
         )
     )  # fmt: skip
 
-    unreadable = data.Unreadable(train_source, c.dataset.max_unreadable, say)
+    unreadable = data.Unreadable(train_source, c.dataset.max_unreadable, answer)
 
     train_step, optimizer = map_train_step(c, model, anchors_N4, steps_per_epoch, total_steps)
     detect = parallel.map_devices(make_detect(c, model))

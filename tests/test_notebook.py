@@ -24,6 +24,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
         'PYTHONPATH': str(ROOT),
         'EFFDET_TINY': '1',
         'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',  # compile in a third
         'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'jax'),
         'IPYTHONDIR': str(tmp_path / 'ipython'),
     }
