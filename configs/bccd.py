@@ -4,7 +4,7 @@ D0, or another member: configs/bccd.py:lite0. AdamW with a short schedule, scale
 size, anchors as small as the smallest class.
 """
 
-from configs import default
+from effdet_jax.configs import default
 
 
 def get_config(name: str = 'd0') -> default.ConfigDict:

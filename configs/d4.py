@@ -1,6 +1,6 @@
 """EfficientDet-D4."""
 
-from configs import default
+from effdet_jax.configs import default
 
 
 def get_config(dataset: str = 'shapes') -> default.ConfigDict:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from configs.scaling import SCALES
+from effdet_jax.configs.scaling import SCALES
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 255 * (0.485, 0.456, 0.406)
 IMAGENET_STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
@@ -115,6 +115,9 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 max_detections=100,
             ),
             checkpoint=dict(every_epochs=1.0, keep=2, best='eval/AP'),
-            log=dict(every_steps=20),
+            log=dict(
+                every_steps=20,
+                wandb='',  # project, or entity/project, of Weights & Biases; empty: none
+            ),
         )
     )

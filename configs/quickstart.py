@@ -1,6 +1,6 @@
 """A detector of the family small enough to learn the embedded shapes on two CPU cores in minutes."""
 
-from configs import default
+from effdet_jax.configs import default
 
 
 def get_config(dataset: str = 'shapes') -> default.ConfigDict:

@@ -1,16 +1,45 @@
-"""What all commands share: flags, one-line errors, exit codes (0 done, 1 failed, 2 bad usage)."""
+"""What all commands share: flags, --help, --quiet, one-line errors, exit codes (0 done, 1 failed, 2 bad usage)."""
 
 import functools
+import os
+import shutil
 import sys
+import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
-import configs
-from effdet_jax import startup
+from effdet_jax import configs, startup
 from effdet_jax.errors import UserError
+
+QUIET = flags.DEFINE_bool('quiet', False, 'say nothing but results, warnings and errors')
+VERBOSE = flags.DEFINE_bool('verbose', False, 'say what is compiled and what libraries log; tracebacks with errors')
+
+CONFIGS = Path(configs.__path__[0]).resolve()  # beside the package in a checkout, inside of it where it is installed
+
+
+class Command(NamedTuple):
+    """`effdet NAME` is `python -m effdet_jax.MODULE FLAGS`."""
+
+    module: str
+    summary: str
+    flags: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    'train': Command('main', 'train and evaluate what a config describes, or continue where it stands'),
+    'eval': Command('main', 'evaluate the best checkpoint of a run', ('--mode=eval',)),
+    'predict': Command('predict', 'detect in images and videos: pictures and detections.json'),
+    'export': Command('export', 'a run as one file of StableHLO, a SavedModel or ONNX'),
+    'report': Command('report', 'one HTML page about a run'),
+    'check-data': Command('check_data', 'what is wrong with the data of a config'),
+    'plan': Command('plan', 'parameters, memory, largest batch and time, before a run'),
+    'import-weights': Command('import_weights', 'checkpoints of google/automl, effdet, timm -> a work directory'),
+    'completion': Command('completion', 'tab completion of all this for bash and zsh'),
+}
 
 
 def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
@@ -19,46 +48,104 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
 
 
 def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
-    logging.set_verbosity(logging.FATAL)  # Orbax reports every file; what matters to the user we print ourselves
     startup.prepare()
+    _set_loudness()
     try:
         main(arguments[1:])
-    except app.UsageError as error:
-        _fail(str(error), 2)
-    except UserError as error:
-        _fail(str(error), 1)
+    except (app.UsageError, UserError) as error:
+        if VERBOSE.value:
+            traceback.print_exc()
+        fail(str(error), 2 if isinstance(error, app.UsageError) else 1)
+
+
+def _set_loudness() -> None:
+    if QUIET.value:
+        from effdet_jax.records import metrics  # only now: it takes half a second to load
+
+        metrics.quiet = True
+    # Orbax reports every file; what matters to the user we print ourselves.
+    logging.set_verbosity(logging.INFO if VERBOSE.value else logging.FATAL)
+    if VERBOSE.value:
+        os.environ.setdefault('JAX_LOG_COMPILES', '1')  # read when jax is imported, which no command has done yet
 
 
 def _parse(argv: Sequence[str], required: Sequence[str]) -> Sequence[str]:
-    argv = list(argv)
-    if any(argument.startswith(('--help', '-help')) for argument in argv):
-        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl's own flag exits with 1
-    argv = _with_saved_config(argv)
-    for argument in argv:
-        file = argument.removeprefix('--config=').split(':')[0]
-        if argument.startswith('--config=') and not Path(file).is_file():
-            _fail(f'config file {file} does not exist: the ready ones are configs/*.py', 2)
+    if any(argument == '-h' or argument.startswith(('--help', '-help')) for argument in argv):
+        print(_help(sys.modules['__main__'].__doc__ or '', argv[0], required))
+        sys.exit(0)
+    argv = _with_config(list(argv))
     try:
         rest = flags.FLAGS(argv)
     # A config file is run while the flags are parsed, and an override may name a key that does not exist.
     except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
         reason = str(error.args[0] if error.args else error)
         reason = reason.strip().splitlines()[-1] if 'Traceback' in reason else reason
-        _fail('bad flags: ' + reason.replace('\\n', ' ').replace("\\'", "'").strip("'"), 2)
+        fail('bad flags: ' + reason.replace('\\n', ' ').replace("\\'", "'").strip("'"), 2)
     if missing := [f'--{name}' for name in required if not flags.FLAGS[name].value]:
-        _fail(f'{" and ".join(missing)} missing; --help explains', 2)
+        fail(f'{" and ".join(missing)} missing; --help explains', 2)
+    if QUIET.value and VERBOSE.value:
+        fail('--quiet and --verbose exclude each other: leave one away', 2)
     return rest
 
 
-def _with_saved_config(argv: list[str]) -> list[str]:
-    """Without --config, a work directory's own config holds: `--config=configs/saved.py:WORKDIR` in its place."""
-    given = {a.lstrip('-').partition('=')[0]: a.partition('=')[2] for a in argv if a.startswith('-')}
-    workdir = given.get('workdir', '')
-    if 'config' in given or 'config' not in flags.FLAGS or not (Path(workdir) / 'config.json').is_file():
+def _with_config(argv: list[str]) -> list[str]:
+    """--config as one word that names a file that exists.
+
+    `configs/d0.py` is the one of this package where the current folder has none. Without --config, a work directory's
+    own config holds: `--config=configs/saved.py:WORKDIR` in its place.
+    """
+    if 'config' not in flags.FLAGS:
         return argv
-    return [argv[0], f'--config={Path(configs.__path__[0]) / "saved.py"}:{workdir}', *argv[1:]]
+    argv, given = _taken_out(argv, 'config')
+    if not given:
+        _, workdir = _taken_out(argv, 'workdir')
+        is_run = (Path(workdir) / 'config.json').is_file()
+        return [argv[0], f'--config={CONFIGS / "saved.py"}:{workdir}', *argv[1:]] if is_run else argv
+    file, colon, preset = given.partition(':')
+    if not Path(file).is_file():
+        ours = CONFIGS.parent / file
+        if Path(file).parts[:1] != (CONFIGS.name,) or not ours.is_file():
+            fail(f'config file {file} does not exist: the ready ones are configs/*.py', 2)
+        file = str(ours)
+    return [argv[0], f'--config={file}{colon}{preset}', *argv[1:]]  # first: overrides need it
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _taken_out(argv: list[str], name: str) -> tuple[list[str], str]:
+    """(argv without the flag, its last value), given as `--name=value` or as two words."""
+    rest, value, words = [], '', iter(argv)
+    for word in words:
+        flag, equals, text = word.partition('=')
+        if flag in (f'--{name}', f'-{name}'):
+            value = text if equals else next(words, '')
+        else:
+            rest.append(word)
+    return rest, value
+
+
+def flags_of(module: str) -> list[flags.Flag]:
+    """The flags of a command, as it defines them, and those that all commands have."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    return [*by_module.get(module, []), *(by_module[__name__] if module != __name__ else [])]
+
+
+def _help(doc: str, module: str, required: Sequence[str]) -> str:
+    """The command's docstring and a line for each of its flags: meaning, values, default."""
+    lines = [doc.strip(), '', 'flags:']
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for flag in flags_of(module):
+        name = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}'
+        takes = '' if flag.boolean else flag.parser.syntactic_help
+        default = '' if flag.boolean or not flag.value else f'default {flag.default}'
+        notes = '; '.join(filter(None, (takes, default, 'required' if flag.name in required else '')))
+        text = flag.help + (f' ({notes})' if notes else '')
+        lines += textwrap.wrap(text, width, initial_indent=f'  {name:<15} ', subsequent_indent=' ' * 18)
+    if any(flag.name == 'config' for flag in flags_of(module)):
+        keys = CONFIGS / 'default.py'
+        lines += ['', f'Every key of the config is a flag, as --config.train.epochs=40. All keys: {keys}']
+    return '\n'.join(lines)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Ends the process with one line."""
     print(f'error: {" ".join(message.split())}', file=sys.stderr)
     sys.exit(code)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default
+from effdet_jax.configs import default
 from effdet_jax.errors import UserError
 from effdet_jax.records.files import write_atomically
 

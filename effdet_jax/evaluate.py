@@ -10,7 +10,7 @@ from effdet_jax.errors import UnreadableError
 from effdet_jax.evaluation import Detections, GroundTruth, coco_metrics, voc_metrics
 from effdet_jax.inference.detector import to_original
 from effdet_jax.records import pictures
-from effdet_jax.records.metrics import say, table, track
+from effdet_jax.records.metrics import table, track, warn
 from effdet_jax.training import parallel
 
 SUMMARY = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'VOC07_AP50', 'VOC_AP50')
@@ -56,7 +56,7 @@ def make_evaluate(
         parts = parallel.gather_objects((mine, errors))
         errors = [error for _, part in parts for error in part]
         for error in errors:
-            say(f'warning: counted as an image in which nothing is found: {error}')
+            warn(f'counted as an image in which nothing is found: {error}')
         data.check_unreadable(errors, len(source), max_unreadable)
         everything = {index: pair for part, _ in parts for index, pair in part.items()}
         found = dict(sorted(everything.items()))

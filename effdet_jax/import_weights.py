@@ -11,8 +11,8 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from configs.presets import PRESETS
 from effdet_jax import cli
+from effdet_jax.configs.presets import PRESETS
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'the model the file is of, configs/d0.py', lock_config=True)
 SOURCE = flags.DEFINE_string('source', '', 'the checkpoint: a file, a folder, or the prefix of a TensorFlow checkpoint')

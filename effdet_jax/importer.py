@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from configs import coco, default
-from configs.presets import PRESETS
-from configs.scaling import SCALES
 from effdet_jax import config as run_config
+from effdet_jax.configs import coco, default
+from effdet_jax.configs.presets import PRESETS
+from effdet_jax.configs.scaling import SCALES
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model, efficientnet
 from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints
 from effdet_jax.records.files import write_atomically
-from effdet_jax.records.metrics import say, table
+from effdet_jax.records.metrics import answer, say, table
 from effdet_jax.training.state import init_variables
 from effdet_jax.weights import certificate, families, names, readers
 
@@ -152,14 +152,14 @@ def certify(model: Any, variables: Any, reference: FilePath) -> list[certificate
         (row.name, 'x'.join(map(str, row.shape)), f'{row.largest:.3g}', f'{row.difference:.1e}', f'{row.relative:.1e}')
         for row in rows
     ]
-    say('\n' + table(('output', 'shape', 'largest value', 'largest difference', 'relative'), shown))
+    answer('\n' + table(('output', 'shape', 'largest value', 'largest difference', 'relative'), shown))
     worst = max(rows, key=lambda row: math.inf if math.isnan(row.relative) else row.relative)
     if not worst.relative <= certificate.TOLERANCE:
         raise UserError(
             f'{worst.name} differs from {reference} by {worst.relative:.1e} of its largest value, allowed are '
             f'{certificate.TOLERANCE:.0e}: nothing was imported'
         )
-    say(f'certified: {len(rows)} outputs, the worst differs by {worst.relative:.1e} of its largest value')
+    answer(f'certified: {len(rows)} outputs, the worst differs by {worst.relative:.1e} of its largest value')
     return rows
 
 
@@ -189,9 +189,9 @@ def _judge(problems: Iterable[Problem], allow: Sequence[re.Pattern[str]]) -> tup
 
 
 def _refuse(refused: list[Problem], source: FilePath, config: Any, found: families.Recognised) -> None:
-    say('\n' + table(('problem', 'tensor', ''), refused[:MAX_ROWS]))
+    answer('\n' + table(('problem', 'tensor', ''), refused[:MAX_ROWS]))
     if len(refused) > MAX_ROWS:
-        say(f'... and {len(refused) - MAX_ROWS} more')
+        answer(f'... and {len(refused) - MAX_ROWS} more')
     kinds = ', '.join(f'{count} {kind}' for kind, count in Counter(kind for kind, _, _ in refused).items())
     raise UserError(
         f'{source} does not fit {config.name}: {kinds}, the first is {refused[0][1]} ({refused[0][2]}). '

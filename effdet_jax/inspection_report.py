@@ -14,7 +14,7 @@ from effdet_jax import data
 from effdet_jax.data.checks import KINDS, Finding
 from effdet_jax.errors import UnreadableError
 from effdet_jax.inspection import SPLITS, Inspection, counted
-from effdet_jax.records.metrics import console, say, table
+from effdet_jax.records.metrics import answer, console, table
 from effdet_jax.records.pictures import draw_boxes, write_image
 
 EXAMPLES = 3  # messages shown of a kind
@@ -25,25 +25,27 @@ COLORS = {'error': 'red', 'warning': 'yellow', 'note': 'blue'}
 def show(found: Inspection, images: bool) -> None:
     """Prints the classes, the faults with the first few of each kind, and how the anchors fit."""
     for split, listing in found.listings.items():
-        say(f'{split}: {len(listing.images):,} images, {len(listing.labels):,} objects')
+        answer(f'{split}: {len(listing.images):,} images, {len(listing.labels):,} objects')
     if found.classes:
-        say('\n' + table(('class', *SPLITS), found.classes))
+        answer('\n' + table(('class', *SPLITS), found.classes))
     if found.fit and found.fit.unmatched:
         title = 'Objects that no anchor fits, by size (root of the area in network pixels) and width : height'
         rows = [row for row in found.fit.table if row[3]]
-        say('\n' + table(('size', 'ratio', 'objects', 'unmatched'), rows, title))
-        say(found.fit.advice and f'\n{found.fit.advice}')
+        answer('\n' + table(('size', 'ratio', 'objects', 'unmatched'), rows, title))
+        answer(found.fit.advice and f'\n{found.fit.advice}')
     console.print(_table_of_kinds(found))
     for name, kind in KINDS.items():
         everything = [(split, f) for split, of_split in found.of_kind(name).items() for f in of_split]
         for split, finding in everything[:EXAMPLES]:
-            say(f'{kind.severity}: {split}: {finding.message}')
+            answer(f'{kind.severity}: {split}: {finding.message}')
         if len(everything) > EXAMPLES:
-            say(f'    and {len(everything) - EXAMPLES:,} more of this kind')
+            answer(f'    and {len(everything) - EXAMPLES:,} more of this kind')
     unknown = sum(int((listing.sizes[:, 0] == 0).sum()) for listing in found.listings.values())
     if unknown and not images:
-        say(f'The annotations do not say the size of {unknown:,} images: add --images to find boxes outside of them.')
-    say(', '.join(counted(found.count(severity), severity) for severity in COLORS))
+        answer(
+            f'The annotations do not say the size of {unknown:,} images: add --images to find boxes outside of them.'
+        )
+    answer(', '.join(counted(found.count(severity), severity) for severity in COLORS))
 
 
 def to_json(found: Inspection) -> dict[str, Any]:

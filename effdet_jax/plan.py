@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError('--fit needs the data: leave --no-data away')
     from effdet_jax import planner  # after the flags: --help must not wait for jax
     from effdet_jax.records.files import write_atomically
-    from effdet_jax.records.metrics import say
+    from effdet_jax.records.metrics import answer
 
     config = CONFIG.value
     if BATCH.value:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
         planner.draw_feature_network(config, Path(DRAW.value))
     sections = []
     for section in planner.plan(config, memory, not NO_DATA.value, not NO_STEP.value, FIT.value):
-        say(f'\n{section}')
+        answer(f'\n{section}')
         sections.append(section)
     if OUT.value:
         write_atomically(Path(OUT.value), ('\n\n'.join(sections) + '\n').encode())

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     workdir = Path(WORKDIR.value)
     config = CONFIG.value or run_config.load(workdir)  # the latter says what is wrong with the work directory
     from effdet_jax import reporting, train  # after the flags: --help must not wait for jax
-    from effdet_jax.records.metrics import say
+    from effdet_jax.records.metrics import answer
     from effdet_jax.training import parallel
 
     parallel.start_hosts()
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     best = train.best_evaluation(config, workdir)
     if parallel.is_first_host():
         reporting.write_report(config, workdir, out, best.source, best.step, best.metrics, best.found)
-        say(f'AP {best.metrics["AP"]:.3f}  AP50 {best.metrics["AP50"]:.3f}  {out}')
+        answer(f'AP {best.metrics["AP"]:.3f}  AP50 {best.metrics["AP50"]:.3f}  {out}')
 
 
 if __name__ == '__main__':

@@ -10,10 +10,10 @@ import cv2
 import numpy as np
 from markupsafe import Markup
 
-from configs import default
-from configs.scaling import SCALES
 from effdet_jax import config as run_config
 from effdet_jax import data
+from effdet_jax.configs import default
+from effdet_jax.configs.scaling import SCALES
 from effdet_jax.evaluate import Found, to_ground_truth_xyxy
 from effdet_jax.evaluation import Detections, GroundTruth, analysis, coco_by_size
 from effdet_jax.evaluation.matching import Kind, Matches, match

@@ -18,8 +18,9 @@ from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import build_model
 from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints, load_variables
 from effdet_jax.records.files import only_process
-from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, read_metrics, say, table
+from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, answer, read_metrics, say, table
 from effdet_jax.records.sessions import record_session
+from effdet_jax.records.wandb_run import WandbRun, import_wandb
 from effdet_jax.training import incidents, parallel
 from effdet_jax.training.optimizer import path_matches, thaw_step
 from effdet_jax.training.preemption import notices
@@ -43,13 +44,14 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     pending, counts, waiting, metrics, found, stops = [], Counter(), Waiting(), {}, {}, False
     with (
         resumed(run, config) as state,
-        MetricsLog(workdir / parallel.host_folder(), run.first_step) as log,
+        MetricsLog(workdir / parallel.host_folder(), run.first_step, run.open_mirror()) as log,
         Progress(run.total_steps, run.first_step, description='training') as progress,
         notices() as stop_is_asked,
     ):
         if parallel.is_first_host():
             record_session(workdir, run.first_step, parallel.describe_devices())
         log.text('config', f'```json\n{config.to_json_best_effort(indent=2)}\n```')
+        log.hyper_parameters(dict(run_config.flatten(run.config)), COMPARED)
         for step in range(run.first_step + 1, run.total_steps + 1):
             with waiting:
                 batch = next(run.batches)
@@ -103,6 +105,9 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
 # Weights expect these as they were in their training; a run that starts from them may still choose others.
 MEANING_OF_WEIGHTS = ('model.anchors.', 'image.mean', 'image.std', 'image.padding')
 
+# Columns of TensorBoard's HPARAMS tab.
+COMPARED = ('train/loss', *(f'eval/{name}' for name in HEADLINE))
+
 SHOWN = {'loss': 'loss', 'images/s': 'images_per_second', 'waiting': 'waiting_for_data'}
 
 
@@ -130,6 +135,7 @@ class Run:
     watch: Callable
     keep: int
     best: str
+    wandb: str
     # These two are known once the work directory is ours.
     first_step: int = 0
     checkpoints: Checkpoints | None = None  # of the first host
@@ -138,6 +144,10 @@ class Run:
         if self.checkpoints:
             position = self.batches.get_state()  # type: ignore[attr-defined]  # Grain's iterators have one
             self.checkpoints.save(step, parallel.first_replica(state), position, self.config, scores)
+
+    def open_mirror(self) -> WandbRun | None:
+        """In Weights & Biases, where the config asks for it; of the first host."""
+        return WandbRun(self.wandb, self.workdir) if self.wandb and parallel.is_first_host() else None
 
     def check(self) -> None:
         """Warns where a checkpoint that was being written could not be."""
@@ -182,7 +192,7 @@ def build(config: Any, workdir: Path) -> Run:
         )
     )  # fmt: skip
 
-    unreadable = data.Unreadable(train_source, c.dataset.max_unreadable, say)
+    unreadable = data.Unreadable(train_source, c.dataset.max_unreadable, answer)
 
     train_step, optimizer = map_train_step(c, model, anchors_N4, steps_per_epoch, total_steps)
     detect = parallel.map_devices(make_detect(c, model))
@@ -204,13 +214,15 @@ def build(config: Any, workdir: Path) -> Run:
     save_steps = every(c.checkpoint.every_epochs) | evaluation_steps
     keep, best, thaws_at = c.checkpoint.keep, c.checkpoint.best, thaw_step(c, steps_per_epoch)
     name, log_interval, num_pictures = c.name, c.log.every_steps, c.eval.pictures
+    if wandb := c.log.wandb:
+        import_wandb(wandb)  # now: to miss it later would waste the user's time
     watch = incidents.make_watch(train_source, workdir, t.max_skipped)
     run_config.refuse_unread(c)
 
     return Run(
         name, run_config.to_json(config), workdir, train_source, eval_source, batches, unreadable, state, train_step,
         evaluate_all, total_steps, t.batch_size, thaws_at, log_interval, evaluation_steps, save_steps, num_pictures,
-        watch, keep, best,
+        watch, keep, best, wandb,
     )  # fmt: skip
 
 
@@ -313,5 +325,5 @@ def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
 def report(metrics: dict[str, float], workdir: Path) -> None:
     """Prints the tables a run ends with."""
     classes = [name.removeprefix('AP/') for name in metrics if name.startswith('AP/')]
-    say('\n' + evaluate.summary(metrics, tuple(classes)))
+    answer('\n' + evaluate.summary(metrics, tuple(classes)))
     say(f'\n{workdir}: report.html  config.json  metrics.jsonl  checkpoints/  tensorboard/  pictures/')

@@ -6,7 +6,7 @@ import jax
 import pytest
 import tiny
 
-from configs import default
+from effdet_jax.configs import default
 from effdet_jax.model import build_model, cost
 
 # The tests compile much and compute little. With these, a training step compiles in a third of the time.

@@ -9,9 +9,9 @@ import numpy as np
 import planted_faults
 import pytest
 
-from configs import bccd as bccd_config
-from configs import default
 from effdet_jax import data, inspection, inspection_report
+from effdet_jax.configs import bccd as bccd_config
+from effdet_jax.configs import default
 from effdet_jax.data.checks import KINDS
 from effdet_jax.errors import UserError
 from effdet_jax.records import metrics

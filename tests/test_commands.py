@@ -45,23 +45,6 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message):
     assert not (ROOT / 'W').exists()
 
 
-@pytest.mark.parametrize(
-    ('command', 'flag'),
-    [
-        ('main', '--workdir'),
-        ('predict', '--workdir'),
-        ('check_data', '--out'),
-        ('report', '--workdir'),
-        ('plan', '--memory'),
-    ],
-)
-def test_help_is_no_failure(command, flag):
-    code, out, _ = start(command, '--help')
-    assert code == 0
-    assert f'python -m effdet_jax.{command} ' in out
-    assert flag in out
-
-
 def test_a_report_needs_a_run(tmp_path):
     assert start('report') == (2, '', 'error: --workdir missing; --help explains\n')
     reason = f'error: {tmp_path}/config.json does not exist: give the --workdir of a training run\n'

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 
-from configs import default, scaling
 from effdet_jax import config as run_config
+from effdet_jax.configs import default, scaling
 from effdet_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-NO_RUNS = ('default', 'scaling', 'presets', 'coco', 'saved')
+NO_RUNS = ('__init__', 'default', 'scaling', 'presets', 'coco', 'saved')
 FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in NO_RUNS)
 
 FAMILY = {  # spec 1: size, backbone, channels, cells, head layers, anchor scale, fusion, last level, stochastic depth
@@ -35,7 +35,7 @@ FAMILY = {  # spec 1: size, backbone, channels, cells, head layers, anchor scale
 
 
 def get_config(name, *preset):
-    return importlib.import_module(f'configs.{name}').get_config(*preset)
+    return importlib.import_module(f'effdet_jax.configs.{name}').get_config(*preset)
 
 
 # The config files.
@@ -84,8 +84,10 @@ def test_an_unknown_preset_is_named_with_the_known_ones():
 
 
 def test_a_config_imports_no_jax():
-    imports = ''.join(f'import configs.{name}; configs.{name}.get_config(); ' for name in FILES)
-    script = f'import sys; {imports}print([m for m in ("jax", "flax", "numpy", "effdet_jax") if m in sys.modules])'
+    imports = ''.join(f'import effdet_jax.configs.{name} as c; c.get_config(); ' for name in FILES)
+    script = (
+        f'import sys; {imports}print([m for m in ("jax", "flax", "numpy", "effdet_jax.config") if m in sys.modules])'
+    )
     printed = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout == '[]\n'
 

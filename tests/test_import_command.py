@@ -11,8 +11,8 @@ import tiny
 import writers
 from test_commands import ROOT, start
 
-from configs import quickstart
 from effdet_jax import importer, train
+from effdet_jax.configs import quickstart
 from effdet_jax.data import shapes
 from effdet_jax.records.checkpoint import Checkpoints
 

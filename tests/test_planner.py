@@ -7,8 +7,8 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import default
 from effdet_jax import anchor_report, planner
+from effdet_jax.configs import default
 from effdet_jax.data.listing import ImageRow, ObjectRow, make_listing
 from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import image_anchors

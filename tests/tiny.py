@@ -3,8 +3,8 @@
 import flax.linen as nn
 import numpy as np
 
-from configs import quickstart
 from effdet_jax import data
+from effdet_jax.configs import quickstart
 from effdet_jax.data import shapes
 from effdet_jax.model import EfficientDet, efficientdet, layers
 

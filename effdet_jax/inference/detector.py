@@ -1,7 +1,7 @@
 """uint8 images -> boxes: the one jitted function behind evaluation, prediction and export."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -15,9 +15,9 @@ from effdet_jax.detection import anchors, preprocess
 from effdet_jax.detection.postprocess import Detections as NetworkDetections
 from effdet_jax.detection.postprocess import postprocess
 from effdet_jax.errors import UserError
-from effdet_jax.inference import merge, packing
+from effdet_jax.inference import formats, merge, packing
 from effdet_jax.inference.detections import Detections
-from effdet_jax.model import EfficientDet, build_model
+from effdet_jax.model import EfficientDet, Outputs, build_model
 from effdet_jax.records import checkpoint
 
 
@@ -31,6 +31,9 @@ class Thresholds(NamedTuple):
 
 # (pixels [P, 3], sizes [B, 2], thresholds) -> boxes xyxy [B, K, 4], scores, labels; see make_detect_pixels
 DetectPixels = Callable[[Any, Any, Thresholds], tuple[Any, Any, Any]]
+
+
+BOXES = ('boxes', 'scores', 'labels')  # what such a function returns, by the names that exports give them
 
 
 class Detector:
@@ -62,13 +65,16 @@ class Detector:
     def load(
         cls, workdir: str | Path, *, batch_size: int = 8, augmentation: merge.Augmentation | None = None
     ) -> 'Detector':
-        """The best checkpoint of a run. The network sees at most `batch_size` images at a time.
+        """The best checkpoint of a run, or its StableHLO export. The network sees at most `batch_size` images at a time.
 
         With `augmentation`, each view goes through hard NMS, whatever the config says, before they are merged.
 
         Raises:
-          UserError: where the work directory holds no run, or a backbone alone.
+          UserError: where the work directory holds no run, or a backbone alone; for augmentation of an export, and an
+            export of raw outputs.
         """
+        if Path(workdir).is_file():
+            return _of_export(Path(workdir), batch_size, augmentation)
         config: Any = run_config.load(Path(workdir))
         if not config.dataset.class_names:
             raise UserError(
@@ -184,7 +190,7 @@ def make_detect(
     The images are resized and padded to `image_size` (the config's) already. `thresholds` may be given as a fourth
     argument instead of the config's.
     """
-    statistics = config.image.mean, config.image.std, config.image.padding
+    raw = make_raw(config, model)
     anchors_N4 = image_anchors(config, image_size)
     c = config.eval
     defaults = Thresholds(c.score_threshold, c.iou_threshold, c.sigma)
@@ -193,7 +199,7 @@ def make_detect(
     def detect(
         variables: Any, images: Array, valid_size: Array, thresholds: Thresholds = defaults
     ) -> NetworkDetections:
-        outputs: Any = model.apply(variables, preprocess.normalize(images, valid_size, *statistics), train=False)
+        outputs = raw(variables, images, valid_size)
 
         def finish(class_logits: Array, box_regressions: Array, size: Array) -> NetworkDetections:
             return postprocess(
@@ -204,6 +210,20 @@ def make_detect(
         return jax.vmap(finish)(outputs.class_logits, outputs.box_regressions, valid_size)
 
     return detect
+
+
+def make_raw(config: Any, model: EfficientDet) -> Callable[..., Outputs]:
+    """`raw(variables, images uint8 [B, H, W, 3], valid_size [B, 2])` -> what the network says of each anchor.
+
+    The images are resized and padded already; their normalisation is part of it.
+    """
+    statistics = config.image.mean, config.image.std, config.image.padding
+
+    def raw(variables: Any, images: Array, valid_size: Array) -> Outputs:
+        outputs: Any = model.apply(variables, preprocess.normalize(images, valid_size, *statistics), train=False)
+        return outputs
+
+    return raw
 
 
 def image_anchors(config: Any, image_size: tuple[int, int] | None = None) -> Float[np.ndarray, 'N 4']:
@@ -223,6 +243,26 @@ def to_original(detections: NetworkDetections, image_scale: Any) -> tuple[Any, A
         detections.scores,
         detections.labels,
     )
+
+
+def detector_of(run: Callable[..., tuple[Any, ...]], metadata: Mapping[str, Any], batch_size: int = 8) -> Detector:
+    """The detector that an exported program of (pixels, sizes, score, iou, sigma) is; `metadata` are those in its file."""
+    return Detector(
+        [lambda pixels, sizes, thresholds: run(pixels, sizes, *map(np.float32, thresholds))],
+        metadata['class_names'],
+        metadata['category_ids'],
+        Thresholds(**metadata['thresholds']),
+        batch_size=batch_size,
+    )
+
+
+def _of_export(file: Path, batch_size: int, augmentation: merge.Augmentation | None) -> Detector:
+    call, metadata = formats.read_stablehlo(file)
+    if metadata['outputs'] != list(BOXES):
+        raise UserError(f'{file} is an export of raw outputs: export with --outputs=boxes for a Detector')
+    if augmentation:
+        raise UserError(f'{file} is an export, which looks once: give the work directory of its run')
+    return detector_of(jax.jit(call), metadata, batch_size)
 
 
 def _one_image(found: Sequence[np.ndarray], place: int, width: int, flip: bool) -> merge.Boxes:

@@ -4,25 +4,44 @@ XLA's grouped convolution is slow on CPU, above all backwards. There we write it
 fuses into one pass over the image; the kernel gradient is accumulated row by row. Elsewhere XLA's own form is used.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+_ONLY_GROUPED = contextvars.ContextVar('_ONLY_GROUPED', default=False)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+
 def depthwise_conv(
     x: Float[Array, 'B H W C'], kernel: Float[Array, 'k k 1 C'], stride: int = 1
 ) -> Float[Array, 'B h w C']:
     """Each channel with its own k x k kernel (k odd), SAME padding as TensorFlow places it; h = ceil(H / stride)."""
+    return _grouped(x, kernel, stride) if _ONLY_GROUPED.get() else _by_platform(x, kernel, stride)
+
+
+@contextlib.contextmanager
+def grouped_everywhere() -> Iterator[None]:
+    """What is traced inside is XLA's grouped convolution alone: for converters, which know no platforms."""
+    token = _ONLY_GROUPED.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_GROUPED.reset(token)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _by_platform(x: Array, kernel: Array, stride: int) -> Array:
     return jax.lax.platform_dependent(
         x, kernel, cpu=functools.partial(_shifted, stride=stride), default=functools.partial(_grouped, stride=stride)
     )
 
 
 def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return depthwise_conv(x, kernel, stride), (x, kernel)
+    return _by_platform(x, kernel, stride), (x, kernel)
 
 
 def _backward(stride: int, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -35,7 +54,7 @@ def _backward(stride: int, residuals: tuple[Array, Array], gradient: Array) -> t
     return jax.lax.platform_dependent(*residuals, gradient, cpu=by_shifts, default=by_xla)
 
 
-depthwise_conv.defvjp(_forward, _backward)
+_by_platform.defvjp(_forward, _backward)
 
 
 def _grouped(x: Array, kernel: Array, stride: int) -> Array:

@@ -10,8 +10,9 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -65,6 +66,18 @@ class Board:
     def text(self, name: str, text: str) -> OSError | None:
         """Markdown, at the first step of this part of the run."""
         return self._add(Event(step=self._first_step, summary=summary.text(name, text)))
+
+    def hyper_parameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> OSError | None:
+        """A row of the HPARAMS tab, with the last value of `metrics` beside; a run that continues has one already."""
+        if self._first_step > 1:
+            return None
+        known = {
+            name: value if isinstance(value, (str, bool, int, float)) else str(value) for name, value in values.items()
+        }
+        experiment, session, _ = summary.hparams(known, dict.fromkeys(metrics))
+        return self._add(
+            Event(step=self._first_step, summary=summary.Summary(value=[*experiment.value, *session.value]))
+        )
 
     def sync(self) -> None:
         self._file.sync()

@@ -20,7 +20,7 @@ import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
 from effdet_jax.errors import UserError
-from effdet_jax.records.metrics import say
+from effdet_jax.records.metrics import warn
 
 Contents = dict[str, list[Any]]  # path in the tree -> [shape, CRC-32]
 
@@ -223,8 +223,8 @@ class Checkpoints:
                 f'of {self._workdir}, or choose another --workdir'
             ) from error
         self._unsaved = reason
-        say(
-            f'WARNING: the checkpoint of step {step} could not be written ({reason}): training goes on, step '
+        warn(
+            f'the checkpoint of step {step} could not be written ({reason}): training goes on, step '
             f'{safe} is safe, and the next save tries again'
         )
 
@@ -304,7 +304,7 @@ def _set_aside(folder: Path, damage: DamagedError) -> Path:
         place = place.with_name(place.name + '-again')
     place.parent.mkdir(exist_ok=True)
     folder.rename(place)
-    say(f'WARNING: the checkpoint of step {folder.name} is damaged ({damage}): set aside as {place}')
+    warn(f'the checkpoint of step {folder.name} is damaged ({damage}): set aside as {place}')
     return place
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,7 +41,10 @@ def json_list(path: Path) -> Iterator[Callable[[Iterable[Any]], None]]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path`, of the same ending, to write to; it takes that one's place if the block ends well."""
+    """A path beside `path`, of the same ending, for a file or a folder; it takes that one's place if the block ends well.
+
+    A folder does not take the place of one that holds something.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{os.getpid()}.tmp.{path.name}')
     try:
@@ -48,6 +52,8 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):  # a folder that cannot be written has an error of its own to tell
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
             temporary.unlink(missing_ok=True)
 
 

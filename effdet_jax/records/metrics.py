@@ -22,6 +22,7 @@ from effdet_jax.errors import UserError
 from effdet_jax.records.board import Board
 from effdet_jax.records.files import Appender, write_atomically
 from effdet_jax.records.pictures import write_image
+from effdet_jax.records.wandb_run import WandbRun
 
 Item = TypeVar('Item')
 
@@ -29,6 +30,7 @@ SECONDS_BETWEEN_LINES = 10.0
 SECONDS_OF_SPEED = 120.0  # the time left follows the speed of the last two minutes
 
 console = Console()  # the only one: rich stacks nested bars, and prints above them, per console
+quiet = False  # cli's --quiet: neither bars nor what `say` says
 
 
 class MetricsLog:
@@ -37,14 +39,16 @@ class MetricsLog:
     A run that continues from `resume_step` first forgets what an earlier one wrote after that step, so that every step
     stands once. A number that is not finite is null in the file, for JSON knows no nan, and left out of TensorBoard.
     A disk that takes nothing ends no run: a warning is printed, and what it refused is written when it takes again.
+    What fails in `mirror` ends no run either: a warning is printed, and it gets no more.
     """
 
-    def __init__(self, workdir: Path, resume_step: int = 0) -> None:
+    def __init__(self, workdir: Path, resume_step: int = 0, mirror: WandbRun | None = None) -> None:
         self._workdir = workdir
         for name in ('metrics.jsonl', 'incidents.jsonl'):
             _forget_after(workdir / name, resume_step)
         self._lines, self._incidents = Appender(workdir / 'metrics.jsonl'), Appender(workdir / 'incidents.jsonl')
         self._board = Board(workdir / 'tensorboard', resume_step)
+        self._mirror = mirror
         self._refused = False
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
@@ -53,6 +57,7 @@ class MetricsLog:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self._warn(self._lines.append(_line_of({'step': step, **{name: finite.get(name) for name in values}})))
         self._warn(self._board.scalars(step, finite))
+        self._reflect('scalars', step, finite)
 
     def incident(self, step: int, incident: Mapping[str, Any]) -> None:
         """One line in `incidents.jsonl`, which exists only where there was one; `incident` is fit for JSON."""
@@ -66,6 +71,12 @@ class MetricsLog:
             except OSError as error:
                 self._warn(error)
             self._warn(self._board.picture(step, name, rgb))
+            self._reflect('picture', step, name, rgb)
+
+    def hyper_parameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """What the run is to be compared by: a column each, and one for the last value of each of `metrics`."""
+        self._warn(self._board.hyper_parameters(values, metrics))
+        self._reflect('hyper_parameters', values)
 
     def text(self, name: str, text: str) -> None:
         """Markdown in TensorBoard, such as the config."""
@@ -79,15 +90,24 @@ class MetricsLog:
     def _warn(self, error: OSError | None) -> None:
         """Says so once, until the disk takes something again."""
         if error and not self._refused:
-            say(
-                f'WARNING: {self._workdir} takes no log ({error.strerror}): training goes on, and what is missing is '
+            warn(
+                f'{self._workdir} takes no log ({error.strerror}): training goes on, and what is missing is '
                 'written as soon as there is room'
             )
         self._refused = error is not None
 
+    def _reflect(self, method: str, *arguments: Any) -> None:
+        try:
+            if self._mirror:
+                getattr(self._mirror, method)(*arguments)
+        except Exception as error:  # whatever another's code raises
+            self._mirror = None
+            warn(f'Weights & Biases gets no more of this run ({error}): training goes on')
+
     def close(self) -> None:
         for file in (self._lines, self._incidents, self._board):
             file.close()
+        self._reflect('close')
 
     def __enter__(self) -> 'MetricsLog':
         return self
@@ -160,7 +180,7 @@ class Progress:
         )
         self._bar.add_task(description, total=total, completed=start, values='')
         self._unit = unit
-        self._has_terminal = console.is_interactive and console.file.isatty()  # FORCE_COLOR makes no pipe a terminal
+        self._has_terminal = _has_terminal()
         self._next_line = monotonic() + SECONDS_BETWEEN_LINES
 
     def update(self, completed: int, values: Mapping[str, SupportsFloat] | None = None) -> None:
@@ -194,16 +214,24 @@ def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]
 def stage(description: str) -> Iterator[None]:
     """A spinner beside `description` on a terminal; when it is done, a line that says how long it took."""
     start = perf_counter()
-    shown = (
-        console.status(description) if console.is_interactive and console.file.isatty() else contextlib.nullcontext()
-    )
-    with shown:
+    with console.status(description) if _has_terminal() else contextlib.nullcontext():
         yield
     say(f'{description}: {perf_counter() - start:.0f} s')
 
 
 def say(line: str) -> None:
-    """Prints, above the bar where there is one."""
+    """Prints what a command is doing, above the bar where there is one. Not with --quiet."""
+    if not quiet:
+        answer(line)
+
+
+def warn(line: str) -> None:
+    """Prints what must not be missed, also with --quiet."""
+    answer(f'WARNING: {line}')
+
+
+def answer(line: str) -> None:
+    """Prints what the command was asked for, also with --quiet."""
     with contextlib.suppress(OSError):  # a full disk that takes the output, a terminal that is gone: no reason to end
         console.out(line, highlight=False)
 
@@ -257,6 +285,11 @@ class Waiting:
 
     def __exit__(self, *_) -> None:
         self._waited += perf_counter() - self._entered
+
+
+def _has_terminal() -> bool:
+    """Whether something that moves may be drawn. FORCE_COLOR makes no pipe a terminal."""
+    return console.is_interactive and console.file.isatty() and not quiet
 
 
 def _line(task: rich.progress.Task, unit: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from effdet_jax import data
 from effdet_jax.errors import UserError
-from effdet_jax.records.metrics import MetricsLog, say
+from effdet_jax.records.metrics import MetricsLog, warn
 from effdet_jax.training import parallel
 
 WINDOW, ENOUGH = 200, 20  # losses that the next one is compared with: at most, at least
@@ -57,8 +57,8 @@ def make_watch(source: data.Source, workdir: Path, max_skipped: int) -> Callable
                 log.incident(step, incident.as_json() | {'images': [describe(index) for index in indices]})
                 skipped = incident.kind == 'skipped'
                 effect = 'the step is skipped' if skipped else f'{incident.usual_loss:.4g} was usual'
-                say(
-                    f'WARNING: step {step}: loss {values["loss"]:.4g}, gradient norm {values["gradient_norm"]:.4g}, '
+                warn(
+                    f'step {step}: loss {values["loss"]:.4g}, gradient norm {values["gradient_norm"]:.4g}, '
                     f'{effect}; its images are in {path}'
                 )
             if incidents.skipped_in_a_row >= max_skipped:

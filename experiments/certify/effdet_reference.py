@@ -17,7 +17,7 @@ from effdet import create_model
 from effdet.config import get_efficientdet_config
 from flax import traverse_util
 
-from configs import default
+from effdet_jax.configs import default
 from effdet_jax.model import build_model
 from effdet_jax.weights import names
 

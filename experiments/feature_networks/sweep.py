@@ -7,7 +7,7 @@ r"""Feature networks with equal backbone and heads: AP, its spread, parameters, 
 
 import sys
 
-from configs import default
+from effdet_jax.configs import default
 from effdet_jax import planner
 from experiments import sweeps
 

@@ -1,6 +1,6 @@
 """96 steps that take less time than to start them: what is tried is everything around the step."""
 
-from configs import default, quickstart
+from effdet_jax.configs import default, quickstart
 
 
 def get_config() -> default.ConfigDict:

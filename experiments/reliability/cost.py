@@ -16,8 +16,8 @@ from unittest import mock
 import jax
 import numpy as np
 
-from configs import quickstart
 from effdet_jax import train
+from effdet_jax.configs import quickstart
 from effdet_jax.records.checkpoint import Checkpoints
 from effdet_jax.records.metrics import MetricsLog, table
 from effdet_jax.training import incidents, parallel, step

@@ -9,8 +9,8 @@ import pytest
 import reference_detector as reference
 import writers
 
-from configs import default
 from effdet_jax import importer
+from effdet_jax.configs import default
 from effdet_jax.data import read_image
 from effdet_jax.detection.postprocess import postprocess
 from effdet_jax.inference import Detector

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from configs import default
+from effdet_jax.configs import default
 from effdet_jax.detection.anchors import level_sizes, make_anchors
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model, efficientnet, heads, layers

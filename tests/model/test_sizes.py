@@ -3,7 +3,7 @@
 import flax.linen as nn
 import pytest
 
-from configs import default
+from effdet_jax.configs import default
 from effdet_jax.detection.anchors import level_sizes, make_anchors
 from effdet_jax.model import build_model, efficientnet, layers
 from effdet_jax.weights.names import shapes_of

@@ -1,6 +1,7 @@
 import os
 
 import numpy as np
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.record_writer import RecordWriter
 
 from effdet_jax.records.board import Board, read_events
@@ -62,3 +63,32 @@ def test_a_torn_event_ends_a_file_and_is_cut_off(tmp_path):
     assert path.stat().st_size == whole[-2]
     Board(tmp_path, resume_step=0).close()
     assert not path.exists()
+
+
+def test_hyper_parameters_stand_once_in_a_run_of_many_parts(tmp_path):
+    config = {'name': 'd0', 'train.epochs': 2.5, 'seed': 0, 'augment.flip': True, 'image.size': [64, 96], 'none': None}
+    for part, resume_step in enumerate((0, 3, 0, 2)):  # the third began anew, as after a crash before any checkpoint
+        board = Board(tmp_path, resume_step)
+        board.hyper_parameters(config, ['eval/AP'])
+        board.scalars(resume_step + 1, {'eval/AP': 0.5})
+        board.scalars(resume_step + 4, {'eval/AP': 0.5})
+        board.close()
+        (new,) = tmp_path.glob(f'*.{os.getpid()}')
+        new.rename(tmp_path / f'events.out.tfevents.{part}')
+    found = [value for path in tmp_path.iterdir() for _, event in read_events(path) for value in event.summary.value]
+    values = {value.tag: value.metadata.plugin_data for value in found if value.tag.startswith('_hparams_/')}
+    assert sum(value.tag.startswith('_hparams_/') for value in found) == len(values) == 2
+    assert {plugin.plugin_name for plugin in values.values()} == {'hparams'}
+    start, experiment = (
+        HParamsPluginData.FromString(values[f'_hparams_/{name}'].content)
+        for name in ('session_start_info', 'experiment')
+    )
+    assert {name: _python(value) for name, value in start.session_start_info.hparams.items()} == {
+        'name': 'd0', 'train.epochs': 2.5, 'seed': 0.0, 'augment.flip': True, 'image.size': '[64, 96]', 'none': 'None',
+    }  # fmt: skip
+    assert {info.name for info in experiment.experiment.hparam_infos} == config.keys()
+    assert [info.name.tag for info in experiment.experiment.metric_infos] == ['eval/AP']
+
+
+def _python(value):
+    return getattr(value, value.WhichOneof('kind'))

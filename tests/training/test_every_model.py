@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import default, scaling
+from effdet_jax.configs import default, scaling
 from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
 from effdet_jax.training.optimizer import make_optimizer

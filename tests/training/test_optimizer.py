@@ -9,7 +9,7 @@ from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import default
+from effdet_jax.configs import default
 from effdet_jax.errors import UserError
 from effdet_jax.training import optimizer as op
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from configs import default
+from effdet_jax.configs import default
 from effdet_jax.detection import assignment, boxes, losses
 from effdet_jax.detection.anchors import make_anchors
 from effdet_jax.errors import UserError

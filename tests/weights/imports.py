@@ -3,7 +3,7 @@
 import containers
 import writers
 
-from configs import default
+from effdet_jax.configs import default
 
 MEMBER = writers.Member('lite0', cells=1, head_layers=1)
 CLASS_NAMES = ('circle', 'square', 'triangle', 'star', 'ring')  # as many as the member has

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from configs import default
 from effdet_jax import importer
+from effdet_jax.configs import default
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model
 from effdet_jax.weights import certificate

@@ -6,7 +6,7 @@ import pytest
 import writers
 from flax import traverse_util
 
-from configs.scaling import SCALES
+from effdet_jax.configs.scaling import SCALES
 from effdet_jax.weights import families, names
 
 COUNTER = '.num_batches_tracked'

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import default, scaling
+from effdet_jax.configs import default, scaling
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model
 from effdet_jax.weights import from_official, names

@@ -10,7 +10,7 @@ import writers
 from flax import traverse_util
 from writers import Member, to_tensorflow, to_torch
 
-from configs import default
+from effdet_jax.configs import default
 from effdet_jax.model import build_model
 from effdet_jax.weights import families, names, readers
 

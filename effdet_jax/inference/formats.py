@@ -1,0 +1,177 @@
+"""A program of arrays -> a file that runs without this package, and back: one `write` and one `load` per format.
+
+    stablehlo    a zip of model.stablehlo (jax.export, for cpu, cuda and tpu at once) and metadata.json: jax alone
+    savedmodel   the same program as a TensorFlow SavedModel; metadata.json lies in its assets.extra
+    onnx         converted by jax2onnx; the metadata are the model's property `metadata`
+
+What `load` returns takes and gives NumPy arrays, in the order of the program's inputs and outputs.
+"""
+
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import export
+
+from effdet_jax.errors import UserError
+from effdet_jax.model.depthwise import grouped_everywhere
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+
+# Written for TensorFlow in this version of StableHLO, the newest that the TensorFlow named here reads: jax's is newer.
+STABLEHLO_OF_TENSORFLOW = '1.13.0'  # TensorFlow 2.21
+
+Metadata = Mapping[str, Any]
+Run = Callable[..., tuple[Any, ...]]
+
+
+class Input(NamedTuple):
+    """An argument of a program; a letter in the shape stands for any length, the same wherever it occurs."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+class Program(NamedTuple):
+    function: Callable[..., tuple[jax.Array, ...]]  # pure; its weights are constants of it
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+
+
+class Format(NamedTuple):
+    write: Callable[[Program, Metadata, Path], None]
+    load: Callable[[Path], Run]
+
+
+def read_stablehlo(path: Path) -> tuple[Run, dict[str, Any]]:
+    """(program, metadata) of a file that `write_stablehlo` has written. The program can be jitted.
+
+    Raises:
+      UserError: where it is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            metadata = json.loads(archive.read('metadata.json'))
+            program = export.deserialize(bytearray(archive.read('model.stablehlo')))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f'{path} is no StableHLO export ({error}): give a work directory, or a file of effdet_jax.export'
+        ) from error
+    return program.call, metadata
+
+
+def write_stablehlo(program: Program, metadata: Metadata, path: Path) -> None:
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('metadata.json', json.dumps(metadata, indent=1))
+        archive.writestr('model.stablehlo', _exported(program).serialize())
+
+
+def load_stablehlo(path: Path) -> Run:
+    return jax.jit(read_stablehlo(path)[0])
+
+
+def write_saved_model(program: Program, metadata: Metadata, path: Path) -> None:
+    """Around TensorFlow's operation XlaCallModule, as jax2tf does; but in a version of StableHLO that it can read."""
+    tf = _import('tensorflow', 'requirements-tensorflow.txt')
+    from jax.extend.mlir import ir
+    from jax.extend.mlir.dialects import stablehlo
+    from tensorflow.compiler.tf2xla.python import xla
+
+    exported = _exported(program)
+    with ir.Context() as context:
+        module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
+        content = stablehlo.serialize_portable_artifact(module, STABLEHLO_OF_TENSORFLOW)
+
+    def call(*arguments: Any) -> dict[str, Any]:
+        results = xla.call_module(
+            list(arguments),
+            version=exported.calling_convention_version,
+            module=content,
+            Tout=[aval.dtype for aval in exported.out_avals],
+            Sout=[[n if isinstance(n, int) else None for n in aval.shape] for aval in exported.out_avals],
+            platforms=[platform.upper() for platform in exported.platforms],
+        )
+        return dict(zip(program.outputs, results, strict=True))
+
+    signature = [
+        tf.TensorSpec([n if isinstance(n, int) else None for n in i.shape], i.dtype, i.name) for i in program.inputs
+    ]
+    holder = tf.Module()
+    holder.call = tf.function(call, autograph=False, input_signature=signature)
+    tf.saved_model.save(holder, str(path), signatures={'serving_default': holder.call})
+    (path / 'assets.extra').mkdir()
+    (path / 'assets.extra' / 'metadata.json').write_text(json.dumps(metadata, indent=1), encoding='utf-8')
+
+
+def load_saved_model(path: Path) -> Run:
+    tf = _import('tensorflow', 'requirements-tensorflow.txt')
+    model = tf.saved_model.load(str(path))
+    signature = model.signatures['serving_default']
+    names, outputs = _names(path / 'assets.extra' / 'metadata.json')
+
+    def run(*arguments: Any) -> tuple[np.ndarray, ...]:
+        _, specs = signature.structured_input_signature
+        tensors = {name: tf.constant(value, specs[name].dtype) for name, value in zip(names, arguments, strict=True)}
+        found = signature(**tensors)
+        return tuple(found[name].numpy() for name in outputs)
+
+    run.model = model  # type: ignore[attr-defined]  # TensorFlow frees a model that nobody holds
+    return run
+
+
+def write_onnx(program: Program, metadata: Metadata, path: Path) -> None:
+    """Depthwise convolutions become ONNX's grouped ones, whatever form they have on the platform of this process."""
+    jax2onnx, onnx = (_import(name, 'requirements-export.txt') for name in ('jax2onnx', 'onnx'))
+    with grouped_everywhere(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = jax2onnx.to_onnx(
+            program.function,
+            [jax.ShapeDtypeStruct(i.shape, i.dtype) for i in program.inputs],
+            input_names=[i.name for i in program.inputs],
+            output_names=program.outputs,
+        )
+    # The converter moves channels and leaves the old shapes of what lies between: onnxruntime finds them out itself.
+    del model.graph.value_info[:]
+    onnx.helper.set_model_props(model, {'metadata': json.dumps(metadata)})
+    onnx.save(model, str(path))
+
+
+def load_onnx(path: Path) -> Run:
+    runtime = _import('onnxruntime', 'requirements-export.txt')
+    session = runtime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    names = [value.name for value in session.get_inputs()]
+    return lambda *arguments: tuple(session.run(None, dict(zip(names, arguments, strict=True))))
+
+
+FORMATS = {
+    'stablehlo': Format(write_stablehlo, load_stablehlo),
+    'savedmodel': Format(write_saved_model, load_saved_model),
+    'onnx': Format(write_onnx, load_onnx),
+}
+
+
+def _exported(program: Program) -> export.Exported:
+    scope = export.SymbolicScope()
+    shapes = [
+        jax.ShapeDtypeStruct(export.symbolic_shape(', '.join(map(str, i.shape)), scope=scope), i.dtype)
+        for i in program.inputs
+    ]
+    return export.export(jax.jit(program.function), platforms=PLATFORMS)(*shapes)
+
+
+def _names(path: Path) -> tuple[list[str], list[str]]:
+    metadata = json.loads(path.read_text(encoding='utf-8'))
+    return [i['name'] for i in metadata['inputs']], metadata['outputs']
+
+
+def _import(name: str, requirements: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise UserError(f'{name} cannot be imported ({error}): pip install -r {requirements}') from error
