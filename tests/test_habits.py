@@ -216,7 +216,8 @@ def test_a_wheel_has_the_command_the_configs_the_templates_and_the_requirements(
     (metadata,) = site.glob('*.dist-info')
     assert 'effdet = effdet_jax.__main__:main' in (metadata / 'entry_points.txt').read_text()
     required = re.findall(r'^Requires-Dist: (\S+)$', (metadata / 'METADATA').read_text(), re.MULTILINE)
-    assert required == (ROOT / 'requirements.txt').read_text().split()
+    lines = (ROOT / 'requirements.txt').read_text().splitlines()
+    assert required == [line.partition('#')[0].strip() for line in lines if line.partition('#')[0].strip()]
     for folder in ('records/templates', 'configs'):
         ours = ROOT / 'effdet_jax' / folder
         assert {path.name for path in ours.iterdir() if path.is_file()} == {

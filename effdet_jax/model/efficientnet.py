@@ -6,7 +6,6 @@ variants drop squeeze-excite, use relu6 and do not scale the stem, the first and
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -115,23 +114,23 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, 'B H W C'], train: bool) -> Float[Array, 'B h w D']:
-        b, act = self.block, layers.ACTIVATIONS['relu6' if self.lite else 'swish']
+        b, activation = self.block, 'relu6' if self.lite else 'swish'
         conv = functools.partial(layers.PointwiseConv, kernel_init=layers.fan_out, dtype=self.dtype)
         residual = x
         if b.expansion != 1:
             x = conv(b.in_channels * b.expansion, use_bias=False, name='expand_conv')(x)
-            x = act(self.norm(name='expand_bn')(x, train))
+            x = self.norm('expand_bn', activation)(x, train)
         x = layers.DepthwiseConv(b.kernel, b.stride, layers.depthwise_fan_out, self.dtype, name='dw_conv')(x)
-        x = act(self.norm(name='dw_bn')(x, train))
+        x = self.norm('dw_bn', activation)(x, train)
         if not self.lite:
             # The reduction is relative to the block's input, before the expansion.
             squeezed = max(1, int(b.in_channels * SQUEEZE_RATIO))
             gate = jnp.mean(x, axis=(1, 2), keepdims=True)
-            gate = act(conv(squeezed, name='se_reduce')(gate))
+            gate = nn.swish(conv(squeezed, name='se_reduce')(gate))
             gate = conv(x.shape[-1], name='se_expand')(gate)
             x = x * nn.sigmoid(gate)
         x = conv(b.out_channels, use_bias=False, name='project_conv')(x)
-        x = self.norm(name='project_bn')(x, train)
+        x = self.norm('project_bn')(x, train)
         if b.stride == 1 and b.in_channels == b.out_channels:
             x = layers.StochasticDepth(self.drop_rate, self.norm.axis_name)(x, train) + residual
         return x
@@ -149,10 +148,10 @@ class EfficientNet(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, 'B H W 3'], train: bool) -> dict[int, Float[Array, 'B _ _ _']]:
         variant = VARIANTS[self.variant]
-        act: Callable = layers.ACTIVATIONS['relu6' if variant.lite else 'swish']
+        activation = 'relu6' if variant.lite else 'swish'
         block_class: Any = nn.remat(MBConv, static_argnums=(2,)) if self.remat else MBConv
         x = images.astype(self.dtype)
-        x = layers.Stem(stem_channels(variant), self.norm, act, self.dtype, name='stem')(x, train)
+        x = layers.Stem(stem_channels(variant), self.norm, activation, self.dtype, name='stem')(x, train)
         blocks = block_table(variant)
         features = {}
         for i, block in enumerate(blocks):

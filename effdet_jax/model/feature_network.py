@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from effdet_jax.errors import UserError
 from effdet_jax.model import layers
+from effdet_jax.model.batch_norm import ACTIVATIONS
 
 FUSION_EPSILON = 1e-4
 
@@ -167,7 +168,7 @@ class Resample(nn.Module):
     def __call__(self, x: Float[Array, 'B H W C'], height: int, width: int, train: bool) -> Float[Array, 'B h w F']:
         if x.shape[-1] != self.channels:
             x = layers.PointwiseConv(self.channels, layers.glorot, dtype=self.dtype, name='conv')(x)
-            x = self.norm(name='bn')(x, train)
+            x = self.norm('bn')(x, train)
         return layers.resize_to(x, height, width)
 
 
@@ -206,14 +207,14 @@ class FusionNode(nn.Module):
             factors = normalise(weights).astype(self.dtype)
             weighted = [factor * x for factor, x in zip(factors, resampled, strict=True)]
             x = sum(weighted[1:], start=weighted[0])
-        x = layers.ACTIVATIONS[self.activation](x)
+        x = ACTIVATIONS[self.activation].value(x)
         if self.separable:
             # Named here, not inside a SeparableConv, because the published tree has node/{dw, pw, bn}.
             x = layers.DepthwiseConv(3, 1, layers.depthwise_glorot, self.dtype, name='dw')(x)
             x = layers.PointwiseConv(self.channels, layers.glorot, dtype=self.dtype, name='pw')(x)
         else:
             x = nn.Conv(self.channels, (3, 3), kernel_init=layers.glorot, dtype=self.dtype, name='conv')(x)
-        return self.norm(name='bn')(x, train)
+        return self.norm('bn')(x, train)
 
 
 class Cell(nn.Module):

@@ -40,12 +40,11 @@ class Head(nn.Module):
                 channels, layers.depthwise_fan_in, layers.fan_in, bias_init, self.dtype, name=name
             )
 
-        act = layers.ACTIVATIONS[self.activation]
         convs = [conv(self.channels, f'conv_{i}') for i in range(self.num_layers)]
         predict = conv(self.num_anchors * self.outputs, 'predict', self.bias_init)
         levels = []
         for level, x in enumerate(features, start=self.min_level):
             for i, convolve in enumerate(convs):
-                x = act(self.norm(name=f'bn_{i}_p{level}')(convolve(x), train))
+                x = self.norm(f'bn_{i}_p{level}', self.activation)(convolve(x), train)
             levels.append(predict(x).reshape(x.shape[0], -1, self.outputs))
         return jnp.concatenate(levels, axis=1)

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effdet_jax.model.batch_norm import BatchNorm
 from effdet_jax.model.depthwise import depthwise_conv, shifted_slices
-
-ACTIVATIONS: dict[str, Callable] = {'swish': nn.swish, 'relu6': nn.relu6}
 
 # Initialisers. Spec 2: fan-out in the backbone, Glorot in the feature network, fan-in in the heads. A depthwise kernel
 # is [k, k, 1, C] here; the reference computes its fans as if it were [k, k, C, 1], which the last two reproduce.
@@ -38,19 +37,13 @@ depthwise_fan_in = _on_transposed_shape(fan_in)
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """Makes batch-norm layers: `norm(name)(x, train)`, epsilon 1e-3 everywhere (spec 2).
-
-    In training a layer leaves the statistics of this batch in `batch_stats`; to average them over the steps is the
-    training step's business (training/state.py). With `axis_name` set they are those of the global batch over that
-    mapped axis.
-    """
+    """Makes batch-norm layers: `norm(name, activation)(x, train)`; `axis_name` is the axis over which devices are mapped."""
 
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
-    def __call__(self, name: str) -> Callable[[Array, bool], Array]:
-        layer = nn.BatchNorm(momentum=0.0, epsilon=1e-3, dtype=self.dtype, axis_name=self.axis_name, name=name)
-        return lambda x, train: layer(x, use_running_average=not train)
+    def __call__(self, name: str, activation: str = 'none') -> BatchNorm:
+        return BatchNorm(activation, self.dtype, self.axis_name, name=name)
 
 
 class PointwiseConv(nn.Module):
@@ -112,7 +105,7 @@ class Stem(nn.Module):
 
     features: int
     norm: Norm
-    activation: Callable
+    activation: str
     dtype: Any
 
     @nn.compact
@@ -120,7 +113,7 @@ class Stem(nn.Module):
         x = nn.Conv(
             self.features, (3, 3), strides=(2, 2), use_bias=False, kernel_init=fan_out, dtype=self.dtype, name='conv'
         )(x)
-        return self.activation(self.norm(name='bn')(x, train))
+        return self.norm('bn', self.activation)(x, train)
 
 
 class StochasticDepth(nn.Module):

@@ -16,6 +16,7 @@ from flax import traverse_util
 from effdet_jax.detection import assignment, losses, preprocess
 from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet
+from effdet_jax.model.batch_norm import BatchNorm
 from effdet_jax.training import augment, parallel
 from effdet_jax.training.optimizer import is_kernel, make_optimizer, path_matches
 from effdet_jax.training.state import BATCH_STATS_DECAY, TrainState, Variables, moving_average
@@ -177,8 +178,8 @@ def _frozen_batch_norm(pattern: str) -> Callable:
     """A Flax interceptor: batch norm whose path matches uses its stored statistics and leaves them alone."""
 
     def intercept(method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, nn.BatchNorm) and path_matches(pattern, context.module.path):
-            kwargs = kwargs | {'use_running_average': True}
+        if isinstance(context.module, BatchNorm) and path_matches(pattern, context.module.path):
+            args = (args[0], False)  # not in training
         return method(*args, **kwargs)
 
     return intercept

@@ -7,8 +7,8 @@ r"""Feature networks with equal backbone and heads: AP, its spread, parameters, 
 
 import sys
 
-from effdet_jax.configs import default
 from effdet_jax import planner
+from effdet_jax.configs import default
 from experiments import sweeps
 
 # Tan, Pang, Le 2020, comparison of feature networks: COCO AP, parameters and FLOPs relative to FPN.
