@@ -20,7 +20,7 @@ ALONE = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('effdet_jax', 'configs', 'flax', 'ml_collections', 'cv2', 'orbax', 'tensorflow', 'optax'):
+        if name.split('.')[0] in ('effdet_jax', 'configs', 'flax', 'ml_collections', 'cv2', 'orbax', 'tensorflow'):
             raise ImportError(f'{name} is refused')
 sys.meta_path.insert(0, Refuse())
 
