@@ -166,7 +166,7 @@ def compare_detections(theirs: Sequence[Detections], ours: Sequence[Detections],
             edge = max([floor, *(side.scores[-1] for side in (found, other) if len(side) == most)]) + SCORE_TOLERANCE
             alone = np.setdiff1d(np.flatnonzero(found.scores > edge), partners)
             if alone.size:
-                raise UserError(f'the export differs from the original: {_nearest(found, other, alone[0])}')
+                raise UserError(f'the export differs from the original: {_nearest(found, other, int(alone[0]))}')
     return f'{count} boxes within {farthest:.2g} pixels, scores within {largest:.1g}'
 
 

@@ -75,7 +75,7 @@ def test_the_file_says_what_it_is(exported):
         program = jax.export.deserialize(bytearray(archive.read('model.stablehlo')))
     assert program.platforms == ('cpu', 'cuda', 'tpu')
     assert metadata['preprocessing']['size'] == [64, 64]
-    assert metadata['step'] == tiny.STEPS or metadata['step'] == tiny.STEPS_PER_EPOCH
+    assert metadata['step'] in (tiny.STEPS_PER_EPOCH, tiny.STEPS)  # the better of two evaluations
     assert [i['name'] for i in metadata['inputs']] == ['pixels', 'sizes', 'score', 'iou', 'sigma']
 
 
