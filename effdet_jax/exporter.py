@@ -22,7 +22,7 @@ from effdet_jax.inference.detector import (
     image_anchors,
     make_detect_pixels,
     make_raw,
-)  # fmt: skip
+)
 from effdet_jax.inference.formats import FORMATS, Input, Program, Run
 from effdet_jax.model import build_model
 from effdet_jax.records.checkpoint import load_variables
@@ -39,7 +39,6 @@ RAW_TOLERANCE = 1e-4  # of the largest value of an output
 class Original(NamedTuple):
     """What is exported, and what it is compared with."""
 
-    workdir: Path
     config: Any
     detector: Detector
     variables: Any
@@ -68,7 +67,8 @@ def export(workdir: Path, out: Path, format_name: str, outputs: str, batch: int 
     if (format_name, outputs) == ('savedmodel', 'boxes'):
         batch = batch or 1  # TensorFlow refuses top_k of a batch whose size is open ("dynamic_iota has dynamic shapes")
     detector, config = Detector.load(workdir, batch_size=batch or IMAGES), run_config.load(workdir)
-    original = Original(workdir, config, detector, *reversed(load_variables(workdir)))
+    step, variables = load_variables(workdir)
+    original = Original(config, detector, jax.tree.map(jnp.asarray, variables), step)
     make, compare = {'boxes': (boxes_program, _compare_boxes), 'raw': (raw_program, _compare_raw)}[outputs]
     program = make(original, batch)
     facts = metadata(original, program, format_name)
@@ -166,7 +166,7 @@ def compare_detections(theirs: Sequence[Detections], ours: Sequence[Detections],
             edge = max([floor, *(side.scores[-1] for side in (found, other) if len(side) == most)]) + SCORE_TOLERANCE
             alone = np.setdiff1d(np.flatnonzero(found.scores > edge), partners)
             if alone.size:
-                raise UserError(f'the export differs from the original: {_nearest(found, other, alone[0])}')
+                raise UserError(f'the export differs from the original: {_nearest(found, other, int(alone[0]))}')
     return f'{count} boxes within {farthest:.2g} pixels, scores within {largest:.1g}'
 
 

@@ -65,7 +65,7 @@ class Detector:
     def load(
         cls, workdir: str | Path, *, batch_size: int = 8, augmentation: merge.Augmentation | None = None
     ) -> 'Detector':
-        """The best checkpoint of a run, or its StableHLO export. The network sees at most `batch_size` images at a time.
+        """The best checkpoint of a run, or a StableHLO export. The network sees at most `batch_size` images at once.
 
         With `augmentation`, each view goes through hard NMS, whatever the config says, before they are merged.
 
@@ -246,7 +246,7 @@ def to_original(detections: NetworkDetections, image_scale: Any) -> tuple[Any, A
 
 
 def detector_of(run: Callable[..., tuple[Any, ...]], metadata: Mapping[str, Any], batch_size: int = 8) -> Detector:
-    """The detector that an exported program of (pixels, sizes, score, iou, sigma) is; `metadata` are those in its file."""
+    """The detector that an exported program of (pixels, sizes, score, iou, sigma) is; `metadata`: of its file."""
     return Detector(
         [lambda pixels, sizes, thresholds: run(pixels, sizes, *map(np.float32, thresholds))],
         metadata['class_names'],

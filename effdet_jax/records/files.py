@@ -41,7 +41,7 @@ def json_list(path: Path) -> Iterator[Callable[[Iterable[Any]], None]]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path`, of the same ending, for a file or a folder; it takes that one's place if the block ends well.
+    """A path beside `path`, of the same ending, for a file or folder; it takes that one's place if the block ends well.
 
     A folder does not take the place of one that holds something.
     """
