@@ -60,6 +60,7 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 max_unreadable=0.01,  # share of the images that may be unreadable before the run stops
                 threads=2,  # that decode and resize, per host
                 prefetch=16,  # batches
+                cache_gb=0.0,  # of decoded training images to keep in memory, per host: for data sets that fit
             ),
             augment=dict(scale=(0.1, 2.0), flip=True),
             loss=dict(

@@ -13,8 +13,8 @@ from effdet_jax.records.files import write_atomically
 
 # May differ when a run continues: none of these changes what is learned.
 FREE_KEYS = (
-    'log.', 'checkpoint.', 'eval.', 'dataset.threads', 'dataset.prefetch', 'dataset.max_unreadable',
-    'train.max_skipped',
+    'log.', 'checkpoint.', 'eval.', 'dataset.threads', 'dataset.prefetch', 'dataset.cache_gb',
+    'dataset.max_unreadable', 'train.max_skipped',
 )  # fmt: skip
 
 # What a checkpoint means: these must agree to use it at all.

@@ -178,7 +178,7 @@ def build(config: Any, workdir: Path) -> Run:
         data.train_batches(
             train_source, image_size=tuple(c.image.size), batch_size=host_batch, max_boxes=c.dataset.max_boxes,
             scale_range=tuple(c.augment.scale), seed=c.seed, host=host, num_hosts=num_hosts, threads=c.dataset.threads,
-            prefetch=c.dataset.prefetch,
+            prefetch=c.dataset.prefetch, cache_bytes=int(c.dataset.cache_gb * 1e9),
         )
     )  # fmt: skip
 

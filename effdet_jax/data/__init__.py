@@ -5,6 +5,7 @@ from effdet_jax.data.example import Annotations, Example
 from effdet_jax.data.listing import Listing
 from effdet_jax.data.pipeline import EvalBatch, Unreadable, check_unreadable, eval_batches, load, train_batches
 from effdet_jax.data.sources import CheckableSource, Source, open_source, resolve_split
+from effdet_jax.data.speed import stage_rates
 from effdet_jax.data.transforms import decode, image_size, read_image, resize_and_pad
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     'read_image',
     'resize_and_pad',
     'resolve_split',
+    'stage_rates',
     'train_batches',
 ]

@@ -6,6 +6,7 @@ one integer, and neither the number of threads nor that of hosts changes what is
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import cv2
@@ -13,9 +14,10 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from effdet_jax.data import transforms
+from effdet_jax.data import jitter, transforms
 from effdet_jax.data.checks import first_few
 from effdet_jax.data.example import Annotations
+from effdet_jax.data.reader import Reader
 from effdet_jax.data.sources import Source
 from effdet_jax.errors import UnreadableError, UserError
 
@@ -57,6 +59,7 @@ def train_batches(
     num_hosts: int = 1,
     threads: int = 2,
     prefetch: int = 4,
+    cache_bytes: int = 0,
 ) -> grain.IterDataset:
     """Endless batches of `batch_size` images (of this host), shuffled anew in every epoch, jittered (spec 9).
 
@@ -68,12 +71,14 @@ def train_batches(
 
     An iterator's `get_state()` is {'next_index': number of the next batch}; `set_state` continues there, bit for bit.
     `threads` prepare up to `prefetch` batches ahead, at least one each; with 0 threads nothing is prepared ahead.
+    `cache_bytes`: decoded images to keep in memory (`Reader`); what the batches hold does not depend on it.
     """
-    to_element = _Train(source, image_size, scale_range, max_boxes)
-    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(to_element)
+    assemble = _Assemble(Reader(source, cache_bytes), image_size, max_boxes)
+    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(_Draw(scale_range))
     # Shared out after all that is random, in blocks: the hosts' devices in a row see what those of one host would see.
     # (drop_remainder: without it Grain rounds the length of the endless row up to more than an integer holds.)
-    return _read(dataset.batch(batch_size, drop_remainder=True)[host::num_hosts], threads, prefetch)
+    batches = dataset.batch(batch_size, drop_remainder=True, batch_fn=assemble)[host::num_hosts]
+    return _read(batches, threads, prefetch)
 
 
 def eval_batches(
@@ -138,38 +143,59 @@ def check_unreadable(reasons: Sequence[str], total: int, limit: float) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Train(grain.transforms.RandomMap):
-    """Index -> one element of a training batch."""
+class _Draw(grain.transforms.RandomMap):
+    """Index -> (index, the random numbers of its place in the row)."""
 
-    source: Source
-    image_size: tuple[int, int]
     scale_range: tuple[float, float]
+
+    def random_map(self, index: int, rng: np.random.Generator) -> tuple[int, jitter.Jitter]:
+        return index, jitter.draw(self.scale_range, rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Assemble:
+    """What was drawn for each image -> a batch, in whose one array of pixels the images are resized."""
+
+    reader: Reader
+    image_size: tuple[int, int]
     max_boxes: int
 
-    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        used, pixels, annotations = _readable(self.source, index)
-        targets = annotations.select(~annotations.is_crowd)
-        image, valid_size, boxes_K4, kept_M = transforms.jitter_resize_crop(
-            pixels, targets.boxes_yxyx, self.image_size, self.scale_range, rng
-        )
-        return {
-            'image': image,
-            'valid_size': np.array(valid_size, np.int32),
-            'boxes': _to_length(boxes_K4, self.max_boxes, 0),
-            'labels': _to_length(targets.labels[kept_M], self.max_boxes, -1),
-            'index': np.array(used, np.int32),
-            'unreadable': np.array(-1 if used == index else index, np.int32),
-            'dropped': np.array(max(0, len(boxes_K4) - self.max_boxes), np.int32),
+    def __call__(self, drawn: Sequence[tuple[int, jitter.Jitter]]) -> dict[str, np.ndarray]:
+        size, most = len(drawn), self.max_boxes
+        batch = {
+            'image': np.empty((size, *self.image_size, 3), np.uint8),
+            'valid_size': np.empty((size, 2), np.int32),
+            'boxes': np.zeros((size, most, 4), np.float32),
+            'labels': np.full((size, most), -1, np.int32),
+            'index': np.empty(size, np.int32),
+            'unreadable': np.full(size, -1, np.int32),
+            'dropped': np.empty(size, np.int32),
         }
+        for i, (index, draws) in enumerate(drawn):
+            place = functools.partial(jitter.place, image_size=self.image_size, jitter=draws)
+            used, (where, pixels, annotations) = _readable(self.reader, index, place)
+            batch['valid_size'][i] = transforms.fill(batch['image'][i], pixels, where.scaled, where.corner)
+            targets = annotations.select(~annotations.is_crowd)
+            boxes_K4, kept_M = jitter.move_boxes(targets.boxes_yxyx, where, self.image_size)
+            count = min(len(boxes_K4), most)
+            batch['boxes'][i, :count] = boxes_K4[:count]
+            batch['labels'][i, :count] = targets.labels[kept_M][:count]
+            batch['dropped'][i] = len(boxes_K4) - count
+            batch['index'][i] = used
+            if used != index:
+                batch['unreadable'][i] = index
+        return batch
 
 
-def _readable(source: Source, index: int) -> tuple[int, np.ndarray, Annotations]:
-    """(index, RGB, annotations) of the image, or of the first after it that can be read: the same at every visit."""
+def _readable(
+    reader: Reader, index: int, place: Callable[[tuple[int, int]], jitter.Place]
+) -> tuple[int, tuple[jitter.Place, np.ndarray, Annotations]]:
+    """(index, what is read) of the image, or of the first after it that can be read: the same at every visit."""
     reasons = []
-    for step in range(min(REPLACEMENTS + 1, len(source))):
-        candidate = (index + step) % len(source)
+    for step in range(min(REPLACEMENTS + 1, len(reader))):
+        candidate = (index + step) % len(reader)
         try:
-            return candidate, *load(source, candidate)
+            return candidate, reader.read(candidate, place)
         except UnreadableError as error:
             reasons.append(str(error))
     raise UserError(
@@ -187,39 +213,33 @@ def load(source: Source, index: int) -> tuple[UInt8[np.ndarray, 'H W 3'], Annota
 
 
 def _eval_batch(source: Source, indices: Sequence[int], image_size: tuple[int, int], batch_size: int) -> EvalBatch:
-    loaded = [_resized(source, index, image_size) for index in indices]
-    padding = batch_size - len(loaded)
-    images, valid_sizes, image_scales, annotations, errors = zip(
-        *loaded, *[_nothing(image_size, None, '')] * padding, strict=True
-    )
+    images = np.zeros((batch_size, *image_size, 3), np.uint8)
+    rest = [_resized_into(image, source, index) for image, index in zip(images, indices, strict=False)]
+    padding = batch_size - len(rest)
+    valid_sizes, image_scales, annotations, errors = zip(*rest, *[_nothing(None, '')] * padding, strict=True)
     return EvalBatch(
-        image=np.stack(images),
+        image=images,
         valid_size=np.array(valid_sizes, np.int32),
         image_scale=np.array(image_scales, np.float32),
-        mask=np.arange(batch_size) < len(loaded),
+        mask=np.arange(batch_size) < len(rest),
         index=np.array([*indices, *[-1] * padding], np.int32),
-        annotations=annotations[: len(loaded)],
-        errors=errors[: len(loaded)],
+        annotations=annotations[: len(rest)],
+        errors=errors[: len(rest)],
     )
 
 
-def _resized(source: Source, index: int, image_size: tuple[int, int]) -> tuple:
+def _resized_into(out: np.ndarray, source: Source, index: int) -> tuple:
     """An evaluated image is not replaced: another would be counted twice, and its own objects not at all."""
     try:
         pixels, annotations = load(source, index)
     except UnreadableError as error:
-        return _nothing(image_size, source.annotations(index), str(error))
-    return *transforms.resize_and_pad(pixels, image_size), annotations, ''
+        return _nothing(source.annotations(index), str(error))
+    _, valid_size, image_scale = transforms.resize_and_pad(pixels, (out.shape[0], out.shape[1]), out)
+    return valid_size, image_scale, annotations, ''
 
 
-def _nothing(image_size: tuple[int, int], annotations: Annotations | None, error: str) -> tuple:
-    return np.zeros((*image_size, 3), np.uint8), (0, 0), 1.0, annotations, error
-
-
-def _to_length(array: np.ndarray, length: int, fill: int) -> np.ndarray:
-    padded = np.full((length, *array.shape[1:]), fill, array.dtype)
-    padded[: len(array)] = array[:length]
-    return padded
+def _nothing(annotations: Annotations | None, error: str) -> tuple:
+    return (0, 0), 1.0, annotations, error
 
 
 def _read(dataset: grain.MapDataset, threads: int, prefetch: int) -> grain.IterDataset:

@@ -1,4 +1,4 @@
-"""Pixels and boxes on their way to the network: decode, scale, crop, pad. Pure functions.
+"""Pixels on their way to the network: decode, scale, crop, pad. Pure functions.
 
 Flips, colour and normalisation happen on the device, after these; the padding is zeroed there once more, because a
 pad is the mean colour only after normalising (spec 9).
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from effdet_jax.errors import UnreadableError
@@ -27,8 +27,10 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'AVIF', 'JPEG2000', 'PPM
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
-def decode(encoded: bytes, name: str, *, upright: bool = False) -> UInt8[np.ndarray, 'H W 3']:
+def decode(encoded: bytes, name: str, *, upright: bool = False, reduction: int = 1) -> UInt8[np.ndarray, 'H W 3']:
     """Encoded image -> RGB.
+
+    `reduction`: 2, 4 or 8 make a JPEG that many times smaller, odd sides rounded up, as averages and at less cost.
 
     Grey becomes three equal channels, 16 bits become 8, transparent pixels are laid on white, as viewers show them.
     The orientation in a photograph's EXIF data is ignored, because annotations refer to the stored pixels, unless
@@ -37,8 +39,9 @@ def decode(encoded: bytes, name: str, *, upright: bool = False) -> UInt8[np.ndar
     header = _open_header(encoded, name)
     if header.mode in ('RGBA', 'LA', 'PA') or 'transparency' in header.info:
         return _on_white(header, name, upright)
-    # IMREAD_COLOR_RGB: three channels of 8 bits, whatever the file holds
     flags = cv2.IMREAD_COLOR_RGB if upright else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    if is_jpeg(encoded):
+        flags |= _REDUCTIONS[reduction]
     try:
         image_HW3 = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
@@ -76,6 +79,11 @@ def image_size(encoded: bytes, name: str) -> tuple[int, int]:
     return header.height, header.width
 
 
+def is_jpeg(encoded: bytes) -> bool:
+    """Whether `decode` can make it smaller as it decodes."""
+    return encoded.startswith(b'\xff\xd8\xff')
+
+
 def scaled_size(height: int, width: int, target_hw: tuple[int, int]) -> tuple[tuple[int, int], np.float32]:
     """((height, width) that fits into `target_hw` with the same aspect ratio, scale).
 
@@ -87,63 +95,37 @@ def scaled_size(height: int, width: int, target_hw: tuple[int, int]) -> tuple[tu
 
 
 def resize_and_pad(
-    image: UInt8[np.ndarray, 'h w 3'], image_size: tuple[int, int]
+    image: UInt8[np.ndarray, 'h w 3'], image_size: tuple[int, int], out: UInt8[np.ndarray, 'H W 3'] | None = None
 ) -> tuple[UInt8[np.ndarray, 'H W 3'], tuple[int, int], float]:
     """For evaluation and prediction: scales the image to fit into `image_size` (H, W), zeros at bottom and right.
 
-    Returns (image, valid_size: the (height, width) of the part that is image, image_scale: multiply a box in network
-    pixels by it to return to the original image).
+    Returns (image, in `out` where that is given, valid_size: the (height, width) of the part that is image,
+    image_scale: multiply a box in network pixels by it to return to the original image).
     """
-    height, width, _ = image.shape
-    valid_size, scale = scaled_size(height, width, image_size)
-    return _pad(_resize(image, valid_size), image_size), valid_size, float(np.float32(1) / scale)
+    out = np.empty((*image_size, 3), np.uint8) if out is None else out
+    scaled, scale = scaled_size(image.shape[0], image.shape[1], image_size)
+    return out, fill(out, image, scaled), float(np.float32(1) / scale)
 
 
-def jitter_resize_crop(
+def fill(
+    out: UInt8[np.ndarray, 'H W 3'],
     image: UInt8[np.ndarray, 'h w 3'],
-    boxes: Float[np.ndarray, 'M 4'],
-    image_size: tuple[int, int],
-    scale_range: tuple[float, float],
-    rng: np.random.Generator,
-) -> tuple[UInt8[np.ndarray, 'H W 3'], tuple[int, int], Float[np.ndarray, 'K 4'], Bool[np.ndarray, 'M']]:
-    """For training: scales by a random factor of the size that fits, crops at random or pads to `image_size` (spec 9).
+    scaled: tuple[int, int],
+    corner: tuple[int, int] = (0, 0),
+) -> tuple[int, int]:
+    """Writes the image, resized to `scaled`, from its pixel `corner` on into `out`, and zeros at bottom and right.
 
-    `boxes` are yxyx pixels of the image. Returns (image, valid_size, the boxes that are left in yxyx pixels of the
-    network input, clipped to [0, side - 1], and which of the M boxes they are).
+    Bilinear with half-pixel centres and without antialiasing (spec 9). Returns the (height, width) that is image.
     """
-    factor = np.float32(rng.uniform(*scale_range))
-    target = (max(1, int(factor * np.float32(image_size[0]))), max(1, int(factor * np.float32(image_size[1]))))
-    height, width, _ = image.shape
-    scaled, _ = scaled_size(height, width, target)
-    draws = rng.random(2, np.float32)
-    top, left = (int(np.float32(max(0, s - out)) * u) for s, out, u in zip(scaled, image_size, draws, strict=True))
-
-    crop = _resize(image, scaled)[top : top + image_size[0], left : left + image_size[1]]
-    boxes_M4 = _scale_boxes(boxes, (height, width), scaled) - np.array([top, left, top, left], np.float32)
-    # official clips to the last pixel, not to the edge (spec 9)
-    boxes_M4 = np.clip(boxes_M4, np.float32(0), np.array([*image_size, *image_size], np.float32) - 1)
-    keep_M = np.all(boxes_M4[:, 2:] > boxes_M4[:, :2], axis=1)
-    valid_size = crop.shape[0], crop.shape[1]
-    return _pad(crop, image_size), valid_size, boxes_M4[keep_M], keep_M
-
-
-def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear with half-pixel centres and without antialiasing (spec 9)."""
-    if image.shape[:2] == size:
-        return image
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-
-
-def _pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    padded = np.zeros((*size, 3), np.uint8)
-    padded[: image.shape[0], : image.shape[1]] = image
-    return padded
-
-
-def _scale_boxes(boxes_M4: np.ndarray, size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:
-    """By the integer sizes, not by the scale they were truncated from: boxes stay on their pixels (spec 9)."""
-    normalized_M4 = boxes_M4 / np.array([*size, *size], np.float32)
-    return normalized_M4 * np.array([*new_size, *new_size], np.float32)
+    (top, left), size = corner, scaled[::-1]
+    height, width = (min(s - c, side) for s, c, side in zip(scaled, corner, out.shape, strict=False))
+    if (height, width) == scaled:  # nothing is cut off: straight into its place
+        cv2.resize(image, size, dst=out[:height, :width], interpolation=cv2.INTER_LINEAR)
+    else:
+        resized = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+        out[:height, :width] = resized[top : top + height, left : left + width]
+    out[height:], out[:height, width:] = 0, 0
+    return height, width
 
 
 def _open_header(encoded: bytes, name: str) -> Image.Image:
@@ -169,5 +151,13 @@ def _on_white(image: Image.Image, name: str, upright: bool) -> np.ndarray:
     white = Image.new('RGBA', image.size, 'white')
     return np.asarray(Image.alpha_composite(white, image).convert('RGB'))
 
+
+# One bit each. In their names that say colour the bit for BGR is set as well, which excludes the one for RGB.
+_REDUCTIONS = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 
 _ENORMOUS = f'more than {MAX_PIXELS // 10**6} megapixels, probably damaged'
