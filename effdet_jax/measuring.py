@@ -1,4 +1,4 @@
-"""Time and memory, and what may be said of them: blocks of calls, medians with their errors. Knows neither jax nor torch.
+"""Time and memory, and what may be said of them: blocks of calls, medians and their errors. Knows no jax, no torch.
 
 Two systems are compared by blocks in turns: whatever else the machine does befalls neighbours in time alike, so the
 ratio of neighbours is steadier than that of two medians.
@@ -69,6 +69,13 @@ def seconds_per_call(call: Callable[[], Any], wait: Callable[[Any], Any], calls:
     while under_way:
         wait(under_way.popleft())
     return (perf_counter() - start) / calls
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Of one call, which returns when all is done."""
+    start = perf_counter()
+    work()
+    return perf_counter() - start
 
 
 def calls_in(seconds: float, seconds_of_one: float) -> int:

@@ -70,7 +70,7 @@ def main(system: str, case: str, folder: str, device: str) -> None:
         first_call = perf_counter() - built
         np.savez(Path(folder) / f'{system}.npz', **work.outputs(result))
         del result
-        one = min(_seconds(work) for _ in range(FRESH_CALLS))
+        one = min(measuring.seconds_of(lambda: work.wait(work.call())) for _ in range(FRESH_CALLS))
         start_peak = measuring.peak_bytes()
         measuring.settle()
         ready = {'build_s': built - start, 'first_call_s': first_call, 'call_s': one, 'start_peak': start_peak}
@@ -91,12 +91,6 @@ def answers() -> Iterator[Callable[[dict[str, Any]], None]]:
             print(json.dumps(message), file=pipe, flush=True)
 
         yield answer
-
-
-def _seconds(work: Work) -> float:
-    start = perf_counter()
-    work.wait(work.call())
-    return perf_counter() - start
 
 
 def prepare(case: Case, folder: Path, device: str) -> None:
