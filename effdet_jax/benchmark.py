@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     # After the flags: --help must not wait for jax.
     import jax
 
-    from effdet_jax import benchmarker, speed_tables, startup
+    from effdet_jax import benchmarker, speed_tables, start_times
     from effdet_jax.records.metrics import say
 
     jax.config.update('jax_enable_compilation_cache', False)  # of this process, not of the starts
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
             'infer': lambda: benchmarker.infer(config, tuple(map(int, BATCH.value)), repeats, profile),
             'train': lambda: benchmarker.train(config, repeats, profile),
             'data': lambda: benchmarker.read(config),
-            'startup': lambda: startup.measure(config, repeats, not LOWER.value),
+            'startup': lambda: start_times.measure(config, repeats, not LOWER.value),
         }[what]()
     )
     settings = speed_tables.settings(config, what)

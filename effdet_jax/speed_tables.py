@@ -59,7 +59,8 @@ def _speeds(title: str, rows: Sequence[Row]) -> str:
         f'{table(header, cells, title)}\n\nms: median of {rows[0]["seconds"]["count"]} blocks. GFLOP/s: of the '
         "network's convolutions on each device, two operations for a multiply-accumulate; a training step counts three "
         'passes, whatever is computed twice. MiB moved: between kernels and memory, as the compiler counts it. Peak: '
-        f'{best["flops"] / 1e9:,.0f} GFLOP/s and {best["bandwidth"] / 1e9:,.0f} GB/s ({best["source"]}).'
+        f'{best["flops"] / 1e9:,.0f} GFLOP/s and {best["bandwidth"] / 1e9:,.0f} GB/s ({best["source"]}). '
+        'Peak MiB: of the device; on a CPU of the whole process, with what the compiler has left.'
     )
 
 
