@@ -1,4 +1,4 @@
-"""How fast a config is on this machine: inference, the training step, the input. `start_times` has the time before that."""
+"""How fast a config is on this machine: inference, training step, input. `start_times` has the time before that."""
 
 import functools
 import os

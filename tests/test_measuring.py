@@ -21,7 +21,7 @@ def test_a_spread_by_closed_form():
 def test_the_error_is_that_of_the_median_of_normal_numbers():
     rng = np.random.default_rng(0)
     samples = rng.normal(10, 1, (2000, 101))
-    assert measuring.spread(samples[0]).error == pytest.approx(np.median(samples, axis=1).std(), rel=0.3)
+    assert measuring.spread(samples[0].tolist()).error == pytest.approx(np.median(samples, axis=1).std(), rel=0.3)
 
 
 def test_one_measurement_has_no_error_and_none_is_refused():
