@@ -72,7 +72,7 @@ def _phases(folder: Path, compiles: bool) -> Iterator[str]:
     run = train.build(config, folder / 'run')
     yield 'data, weights, optimizer'
     state, batch = parallel.replicate(run.fresh_state), parallel.shard(next(run.batches))
-    yield 'first batch'
+    yield 'state onto the devices, first batch'
     lowered = run.train_step.lower(state, batch, run.thaw_step > 0)
     yield 'trace and lower'
     if compiles:

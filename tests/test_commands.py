@@ -53,6 +53,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message):
         ('check_data', '--out'),
         ('report', '--workdir'),
         ('plan', '--memory'),
+        ('benchmark', '--what'),
     ],
 )
 def test_help_is_no_failure(command, flag):
