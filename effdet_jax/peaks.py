@@ -50,7 +50,7 @@ def known_peak(device_kind: str, dtype: str) -> Peak | None:
         return None
     in_bfloat16, in_float32, bandwidth = found[0]
     flops = in_bfloat16 if dtype == 'bfloat16' else in_float32
-    return flops and Peak(flops * 1e12, bandwidth * 1e9, 'data sheet')
+    return None if flops is None else Peak(flops * 1e12, bandwidth * 1e9, 'data sheet')
 
 
 def attainable(dtype: str) -> Peak:
