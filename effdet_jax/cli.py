@@ -37,6 +37,7 @@ COMMANDS = {
     'report': Command('report', 'one HTML page about a run'),
     'check-data': Command('check_data', 'what is wrong with the data of a config'),
     'plan': Command('plan', 'parameters, memory, largest batch and time, before a run'),
+    'benchmark': Command('benchmark', 'how fast a config detects, trains, reads its data and starts'),
     'import-weights': Command('import_weights', 'checkpoints of google/automl, effdet, timm -> a work directory'),
     'completion': Command('completion', 'tab completion of all this for bash and zsh'),
 }

@@ -65,7 +65,7 @@ def _exp(x: Array) -> Array:
 
 
 def _log1p(x: Array) -> Array:
-    """log(1 + x) for x >= 0, corrected for the rounding of 1 + x (Goldberg 1991, theorem 4); XLA's is slow on CPU, too."""
+    """log(1 + x) for x >= 0, corrected for the rounding of 1 + x (Goldberg 1991, theorem 4); XLA's is slow there."""
     sum_ = 1.0 + x
     return jnp.where(sum_ == 1.0, x, jnp.log(sum_) * (x / jnp.where(sum_ == 1.0, 1.0, sum_ - 1.0)))
 

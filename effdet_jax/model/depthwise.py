@@ -20,7 +20,7 @@ def depthwise_conv(
     x: Float[Array, 'B H W C'], kernel: Float[Array, 'k k 1 C'], stride: int = 1
 ) -> Float[Array, 'B h w C']:
     """Each channel with its own k x k kernel (k odd), SAME padding as TensorFlow places it; h = ceil(H / stride)."""
-    return _grouped(x, kernel, stride) if _ONLY_GROUPED.get() else _by_platform(x, kernel, stride)
+    return _grouped(x, kernel, stride) if _ONLY_GROUPED.get() else _by_platform(x, kernel, stride, x.shape[1:3])
 
 
 @contextlib.contextmanager
@@ -33,28 +33,42 @@ def grouped_everywhere() -> Iterator[None]:
         _ONLY_GROUPED.reset(token)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _by_platform(x: Array, kernel: Array, stride: int) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _by_platform(x: Array, kernel: Array, stride: int, size: tuple[int, int]) -> Array:
+    """`size` is the height and width of x, for the gradient."""
     return jax.lax.platform_dependent(
         x, kernel, cpu=functools.partial(_shifted, stride=stride), default=functools.partial(_grouped, stride=stride)
     )
 
 
-def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return _by_platform(x, kernel, stride), (x, kernel)
+def _forward(x: Array, kernel: Array, stride: int, size: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
+    if not _trains_on_cpu():
+        return _grouped(x, kernel, stride), (x, kernel)
+    padded = _pad_same(x, kernel.shape[0], stride)  # kept in the place of x, so that it is padded once
+    return _sum_of_taps(padded, kernel, stride, *_strided(size, stride)), (padded, kernel)
 
 
-def _backward(stride: int, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    def by_xla(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-        return jax.vjp(functools.partial(_grouped, stride=stride), x, kernel)[1](gradient)
-
-    def by_shifts(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-        return _input_gradient(x, kernel, gradient, stride), _kernel_gradient(x, kernel, gradient, stride)
-
-    return jax.lax.platform_dependent(*residuals, gradient, cpu=by_shifts, default=by_xla)
+def _backward(
+    stride: int, size: tuple[int, int], residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    if not _trains_on_cpu():
+        return jax.vjp(functools.partial(_grouped, stride=stride), *residuals)[1](gradient)
+    padded, kernel = residuals
+    k = kernel.shape[0]
+    margin = k // 2 if stride == 1 else k // stride + 1
+    gradient = jnp.pad(gradient, ((0, 0), (margin, margin), (margin, margin), (0, 0)))  # once for both
+    return (
+        _input_gradient(gradient, kernel, stride, margin, size),
+        _kernel_gradient(padded, gradient, k, stride, margin).astype(kernel.dtype),
+    )
 
 
 _by_platform.defvjp(_forward, _backward)
+
+
+def _trains_on_cpu() -> bool:
+    """What the two forms keep for the backward pass differs in shape, so they are told apart when tracing."""
+    return jax.default_backend() == 'cpu'
 
 
 def _grouped(x: Array, kernel: Array, stride: int) -> Array:
@@ -81,39 +95,44 @@ def _pad_same(x: Array, k: int, stride: int, fill: float = 0.0) -> Array:
 def shifted_slices(
     x: Array, kernel_size: int, stride: int, height: int, width: int, fill: float = 0.0
 ) -> list[tuple[int, int, Array]]:
-    """(row, column, what that tap of a SAME window meets at every output position `[B, height, width, C]`).
+    """(row, column, what that tap of a SAME window meets at every output position `[B, height, width, C]`)."""
+    return _taps(_pad_same(x, kernel_size, stride, fill), kernel_size, stride, height, width)
 
-    Strided slices come from one reshape: column = stride * index + phase.
-    """
-    padded = _pad_same(x, kernel_size, stride, fill)
+
+def _taps(padded: Array, k: int, stride: int, height: int, width: int) -> list[tuple[int, int, Array]]:
+    """Strided slices come from one reshape: column = stride * index + phase."""
     b, h, w, c = padded.shape
     phases = padded.reshape(b, h // stride, stride, w // stride, stride, c)
     return [
         (i, j, phases[:, i // stride :, i % stride, j // stride :, j % stride][:, :height, :width])
-        for i in range(kernel_size)
-        for j in range(kernel_size)
+        for i in range(k)
+        for j in range(k)
     ]
 
 
+def _strided(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    return -(-size[0] // stride), -(-size[1] // stride)
+
+
 def _shifted(x: Array, kernel: Array, stride: int) -> Array:
-    k = kernel.shape[0]
-    height, width = (-(-n // stride) for n in x.shape[1:3])
-    return sum(
-        (tap * kernel[i, j, 0] for i, j, tap in shifted_slices(x, k, stride, height, width)),
-        start=jnp.zeros((), x.dtype),
-    )
+    return _sum_of_taps(_pad_same(x, kernel.shape[0], stride), kernel, stride, *_strided(x.shape[1:3], stride))
 
 
-def _input_gradient(x: Array, kernel: Array, gradient: Array, stride: int) -> Array:
-    k, (height, width) = kernel.shape[0], x.shape[1:3]
+def _sum_of_taps(padded: Array, kernel: Array, stride: int, height: int, width: int) -> Array:
+    taps = _taps(padded, kernel.shape[0], stride, height, width)
+    return sum((tap * kernel[i, j, 0] for i, j, tap in taps), start=jnp.zeros((), padded.dtype))
+
+
+def _input_gradient(padded: Array, kernel: Array, stride: int, margin: int, size: tuple[int, int]) -> Array:
+    """Of an input of height and width `size`; `padded` is the gradient with `margin` zeros on every side."""
+    k, (height, width) = kernel.shape[0], size
     if stride == 1:
-        return _shifted(gradient, kernel[::-1, ::-1], 1)
+        return _sum_of_taps(padded, kernel[::-1, ::-1], 1, height, width)
     # x[s*a + p] met gradient[a - t] through tap i = p + low + s*t: each phase p of the input is a small convolution of
     # the gradient with every s-th tap; the phases are then interleaved.
-    lows = [_same_padding(n, k, stride)[0] for n in (height, width)]
-    counts = [-(-n // stride) for n in (height, width)]
-    margin = k // stride + 1
-    padded = jnp.pad(gradient, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    batch, channels = padded.shape[0], padded.shape[3]
+    lows = [_same_padding(n, k, stride)[0] for n in size]
+    counts = _strided(size, stride)
 
     def meets(phase: int, low: int) -> list[tuple[int, int]]:
         """(tap, shift) pairs with tap = phase + low - stride*shift: input s*a + phase meets gradient a + shift."""
@@ -123,30 +142,29 @@ def _input_gradient(x: Array, kernel: Array, gradient: Array, stride: int) -> Ar
     for p in range(stride):
         columns = []
         for q in range(stride):
-            total = jnp.zeros((), x.dtype)
+            total = jnp.zeros((), padded.dtype)
             for i, shift_i in meets(p, lows[0]):
                 for j, shift_j in meets(q, lows[1]):
                     window = padded[:, margin + shift_i :, margin + shift_j :][:, : counts[0], : counts[1]]
                     total = total + window * kernel[i, j, 0]
-            columns.append(jnp.broadcast_to(total, (x.shape[0], *counts, x.shape[3])))
+            columns.append(jnp.broadcast_to(total, (batch, *counts, channels)))
         rows.append(jnp.stack(columns, axis=3))
     interleaved = jnp.stack(rows, axis=2)  # [B, h, stride, w, stride, C]
-    full = interleaved.reshape(x.shape[0], counts[0] * stride, counts[1] * stride, x.shape[3])
+    full = interleaved.reshape(batch, counts[0] * stride, counts[1] * stride, channels)
     return full[:, :height, :width]
 
 
 ROWS_AT_ONCE = 4  # of the kernel gradient's loop: more rows, fewer passes over the sums, a longer compilation
 
 
-def _kernel_gradient(x: Array, kernel: Array, gradient: Array, stride: int) -> Array:
-    """For each tap, the sum over images and positions of input x gradient.
+def _kernel_gradient(x: Array, gradient: Array, k: int, stride: int, margin: int) -> Array:
+    """`[k, k, 1, C]`: for each tap, the sum over images and positions of input x gradient, both padded.
 
     A plain reduction of k*k products is 4 to 11 times slower: XLA's loop over the reduced axes is scalar. Here every
     step adds a few rows of one image to k sums of shape [k, W, C], which vectorises over channels and stays in cache.
     """
-    k, (images, height, width, channels) = kernel.shape[0], gradient.shape
-    padded = _pad_same(x, k, stride)
-    phases = padded.reshape(images, padded.shape[1], -1, stride, channels)  # column = stride * index + phase
+    images, channels = x.shape[0], x.shape[3]
+    height, width = (n - 2 * margin for n in gradient.shape[1:3])
     rows = next(n for n in range(ROWS_AT_ONCE, 0, -1) if height % n == 0)
 
     def add_rows(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -154,13 +172,14 @@ def _kernel_gradient(x: Array, kernel: Array, gradient: Array, stride: int) -> A
 
         def column(r: int, j: int) -> Array:
             """[k, W, C]: what the j-th column of taps meets along one row, times the gradient there."""
-            line = jax.lax.dynamic_slice(gradient, (image, first + r, 0, 0), (1, 1, width, channels))[0]
-            start = (image, (first + r) * stride, j // stride, j % stride, 0)
-            met = jax.lax.dynamic_slice(phases, start, (1, k, width, 1, channels)).reshape(k, width, channels)
+            place = (image, margin + first + r, margin, 0)
+            line = jax.lax.dynamic_slice(gradient, place, (1, 1, width, channels))[0]
+            start, span = (image, (first + r) * stride, j, 0), (width - 1) * stride + 1
+            met = jax.lax.dynamic_slice(x, start, (1, k, span, channels))[0, :, ::stride]
             return (met * line).astype(jnp.float32)
 
         return tuple(total + sum(column(r, j) for r in range(rows)) for j, total in enumerate(sums))
 
     zeros = (jnp.zeros((k, width, channels), jnp.float32),) * k
     sums = jax.lax.fori_loop(0, images * (height // rows), add_rows, zeros)
-    return jnp.stack([total.sum(axis=1) for total in sums], axis=1).reshape(kernel.shape).astype(kernel.dtype)
+    return jnp.stack([total.sum(axis=1) for total in sums], axis=1)[:, :, None]

@@ -37,7 +37,7 @@ depthwise_fan_in = _on_transposed_shape(fan_in)
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """Makes batch-norm layers: `norm(name, activation)(x, train)`; `axis_name` is the axis over which devices are mapped."""
+    """Makes batch-norm layers: `norm(name, activation)(x, train)`; `axis_name` is that of the mapped devices."""
 
     dtype: Any = jnp.float32
     axis_name: str | None = None

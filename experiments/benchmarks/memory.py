@@ -9,15 +9,12 @@ above the resident set with the state in place, and the size of that state; so s
 whatever the allocators add. Not counted: Python, libraries, the compiler and the programs, which were there before.
 """
 
-import ctypes
-import gc
 import sys
-from pathlib import Path
 
 import jax
 from ml_collections import config_flags
 
-from effdet_jax import cli
+from effdet_jax import cli, measuring
 from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
 from effdet_jax.records.metrics import say, table
@@ -25,7 +22,6 @@ from effdet_jax.training import footprint, parallel
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'FILE', lock_config=True)
 NUM_CLASSES, OBJECTS = 90, 8
-RESET_PEAK = '5'  # proc(5): clear_refs
 
 
 def main(_) -> None:
@@ -36,9 +32,10 @@ def main(_) -> None:
     compiled = step.lower(batch).compile()
     predicted = step.memory(batch, compiled).total
     state, state_bytes = step.random_state(), footprint.tree_bytes(step.state)
-    before = settle() - state_bytes
+    measuring.settle()
+    before = measuring.resident_bytes() - state_bytes
     seconds = footprint.seconds_per_step(compiled, state, batch)
-    measured = status('VmHWM') - before
+    measured = measuring.peak_bytes() - before
     c = config
     setting = (
         f'{c.name} {c.image.size[0]}x{c.image.size[1]}, batch {c.train.batch_size}',
@@ -49,20 +46,6 @@ def main(_) -> None:
     row = *map(str, setting), round(predicted / 2**20), round(measured / 2**20), predicted / measured, f'{seconds:.2f}'
     say(f'{parallel.describe_devices()}, jax {jax.__version__}, Python {sys.version.split()[0]}\n')
     say(table(header, [row]))
-
-
-def settle() -> int:
-    """Gives freed memory back to the system and resets the peak; the resident set then, in bytes."""
-    gc.collect()
-    ctypes.CDLL('libc.so.6').malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text(RESET_PEAK)
-    return status('VmRSS')
-
-
-def status(key: str) -> int:
-    """Bytes, from /proc/self/status."""
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f'{key}:'))
 
 
 if __name__ == '__main__':
