@@ -7,36 +7,43 @@ fuses into one pass over the image; the kernel gradient is accumulated row by ro
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_ONLY_GROUPED = contextvars.ContextVar('_ONLY_GROUPED', default=False)
+_ONLY_DEFAULT = contextvars.ContextVar('_ONLY_DEFAULT', default=False)
 
 
 def depthwise_conv(
     x: Float[Array, 'B H W C'], kernel: Float[Array, 'k k 1 C'], stride: int = 1
 ) -> Float[Array, 'B h w C']:
     """Each channel with its own k x k kernel (k odd), SAME padding as TensorFlow places it; h = ceil(H / stride)."""
-    return _grouped(x, kernel, stride) if _ONLY_GROUPED.get() else _by_platform(x, kernel, stride, x.shape[1:3])
+    return _conv(x, kernel, stride, x.shape[1:3])
+
+
+def by_platform(*operands: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
+    """`cpu(*operands)` in a program for a CPU, else `default(*operands)`."""
+    if _ONLY_DEFAULT.get():
+        return default(*operands)
+    return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
 
 
 @contextlib.contextmanager
-def grouped_everywhere() -> Iterator[None]:
-    """What is traced inside is XLA's grouped convolution alone: for converters, which know no platforms."""
-    token = _ONLY_GROUPED.set(True)
+def default_everywhere() -> Iterator[None]:
+    """What is traced inside has XLA's own convolutions alone: for converters, which know no platforms."""
+    token = _ONLY_DEFAULT.set(True)
     try:
         yield
     finally:
-        _ONLY_GROUPED.reset(token)
+        _ONLY_DEFAULT.reset(token)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _by_platform(x: Array, kernel: Array, stride: int, size: tuple[int, int]) -> Array:
+def _conv(x: Array, kernel: Array, stride: int, size: tuple[int, int]) -> Array:
     """`size` is the height and width of x, for the gradient."""
-    return jax.lax.platform_dependent(
+    return by_platform(
         x, kernel, cpu=functools.partial(_shifted, stride=stride), default=functools.partial(_grouped, stride=stride)
     )
 
@@ -44,7 +51,7 @@ def _by_platform(x: Array, kernel: Array, stride: int, size: tuple[int, int]) ->
 def _forward(x: Array, kernel: Array, stride: int, size: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
     if not _trains_on_cpu():
         return _grouped(x, kernel, stride), (x, kernel)
-    padded = _pad_same(x, kernel.shape[0], stride)  # kept in the place of x, so that it is padded once
+    padded = pad_same(x, kernel.shape[0], stride)  # kept in the place of x, so that it is padded once
     return _sum_of_taps(padded, kernel, stride, *_strided(size, stride)), (padded, kernel)
 
 
@@ -63,7 +70,7 @@ def _backward(
     )
 
 
-_by_platform.defvjp(_forward, _backward)
+_conv.defvjp(_forward, _backward)
 
 
 def _trains_on_cpu() -> bool:
@@ -82,7 +89,7 @@ def _same_padding(size: int, k: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _pad_same(x: Array, k: int, stride: int, fill: float = 0.0) -> Array:
+def pad_same(x: Array, k: int, stride: int, fill: float = 0.0) -> Array:
     """SAME padding, and then enough at the end for a whole number of strides."""
     pads = []
     for size in x.shape[1:3]:
@@ -96,7 +103,7 @@ def shifted_slices(
     x: Array, kernel_size: int, stride: int, height: int, width: int, fill: float = 0.0
 ) -> list[tuple[int, int, Array]]:
     """(row, column, what that tap of a SAME window meets at every output position `[B, height, width, C]`)."""
-    return _taps(_pad_same(x, kernel_size, stride, fill), kernel_size, stride, height, width)
+    return _taps(pad_same(x, kernel_size, stride, fill), kernel_size, stride, height, width)
 
 
 def _taps(padded: Array, k: int, stride: int, height: int, width: int) -> list[tuple[int, int, Array]]:
@@ -115,7 +122,7 @@ def _strided(size: tuple[int, int], stride: int) -> tuple[int, int]:
 
 
 def _shifted(x: Array, kernel: Array, stride: int) -> Array:
-    return _sum_of_taps(_pad_same(x, kernel.shape[0], stride), kernel, stride, *_strided(x.shape[1:3], stride))
+    return _sum_of_taps(pad_same(x, kernel.shape[0], stride), kernel, stride, *_strided(x.shape[1:3], stride))
 
 
 def _sum_of_taps(padded: Array, kernel: Array, stride: int, height: int, width: int) -> Array:

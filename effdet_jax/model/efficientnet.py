@@ -122,14 +122,16 @@ class MBConv(nn.Module):
             x = self.norm('expand_bn', activation)(x, train)
         x = layers.DepthwiseConv(b.kernel, b.stride, layers.depthwise_fan_out, self.dtype, name='dw_conv')(x)
         x = self.norm('dw_bn', activation)(x, train)
+        gate = None
         if not self.lite:
             # The reduction is relative to the block's input, before the expansion.
             squeezed = max(1, int(b.in_channels * SQUEEZE_RATIO))
             gate = jnp.mean(x, axis=(1, 2), keepdims=True)
             gate = nn.swish(conv(squeezed, name='se_reduce')(gate))
             gate = conv(x.shape[-1], name='se_expand')(gate)
-            x = x * nn.sigmoid(gate)
-        x = conv(b.out_channels, use_bias=False, name='project_conv')(x)
+            gate = nn.sigmoid(gate)
+            x, gate = (x * gate, None) if train else (x, gate)  # trained faster the one way, used the other
+        x = conv(b.out_channels, use_bias=False, name='project_conv')(x, gate)
         x = self.norm('project_bn')(x, train)
         if b.stride == 1 and b.in_channels == b.out_channels:
             x = layers.StochasticDepth(self.drop_rate, self.norm.axis_name)(x, train) + residual
