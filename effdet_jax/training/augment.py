@@ -90,13 +90,19 @@ def _apply(
     keys: jax.Array, samples: Sample, probability: float, function: Callable, of_group: bool, axis: str | None
 ) -> Sample:
     whether_B, how_B = jax.vmap(jax.random.split, out_axes=1)(keys)
-    if of_group:
-        pool, places_B = mixing.with_partners(samples, axis)
-        changed = jax.vmap(function, (0, None, 0))(how_B, pool, places_B)
-    else:
-        changed = jax.vmap(function)(how_B, samples)
     drawn_B = jax.vmap(partial(jax.random.bernoulli, p=probability))(whether_B)
-    return jax.vmap(lambda drawn, yes, no: jax.tree.map(partial(jnp.where, drawn), yes, no))(drawn_B, changed, samples)
+    # Outside of the branch: there, devices that take the other one would be waited for.
+    pool, places_B = mixing.with_partners(samples, axis) if of_group else (samples, None)
+
+    def apply() -> Sample:
+        changed = (
+            jax.vmap(function, (0, None, 0))(how_B, pool, places_B) if of_group else jax.vmap(function)(how_B, pool)
+        )
+        return jax.vmap(lambda drawn, *either: jax.tree.map(partial(jnp.where, drawn), *either))(
+            drawn_B, changed, samples
+        )
+
+    return jax.lax.cond(drawn_B.any(), apply, lambda: samples)
 
 
 def _checked(config: Any, name: str, key: str) -> Any:

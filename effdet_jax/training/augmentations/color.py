@@ -27,8 +27,16 @@ def color_jitter(
     after_saturation = _times(blend_with_grey(f_saturation), after_contrast)
     matrix_33 = _times(turn_hue(draws_4[3] * hue), after_saturation)
     constant = (1 - f_contrast) * mean_grey  # a grey, which neither saturation nor hue changes
-    changed = (sample.image[..., None, :].astype(jnp.float32) * matrix_33).sum(axis=-1) + constant
-    return sample._replace(image=to_uint8(changed))
+    return sample._replace(image=recolor(sample.image, matrix_33, constant))
+
+
+def recolor(
+    image: UInt8[Array, 'H W 3'], matrix: Float[Array, '3 3'], constant: Float[Array, ''] | float = 0.0
+) -> UInt8[Array, 'H W 3']:
+    """matrix RGB + constant, of every pixel."""
+    # Written out: as a sum over an axis of three it takes 70 times as long on CPU.
+    red, green, blue = (image[..., c : c + 1].astype(jnp.float32) * matrix[:, c] for c in range(3))
+    return to_uint8(red + green + blue + constant)
 
 
 def turn_hue(turns: Float[Array, '']) -> Float[Array, '3 3']:

@@ -65,18 +65,19 @@ def interpolate(
 
     The centre of the first pixel is (0.5, 0.5); beyond the outermost centres the outermost pixels are repeated.
     """
-    total = jnp.zeros((*y.shape, 3))
     (top, share_y), (left, share_x) = ((jnp.floor(p - 0.5), (p - 0.5) % 1) for p in (y, x))
-    for dy, weight_y in ((0, 1 - share_y), (1, share_y)):
-        for dx, weight_x in ((0, 1 - share_x), (1, share_x)):
-            # Clipped as floats: far outside, whole numbers would overflow.
-            i, j = (
-                jnp.clip(p, 0, n - 1.0).astype(jnp.int32)
-                for p, n in ((top + dy, size[..., 0]), (left + dx, size[..., 1]))
-            )
-            values = pixels.at[start + i * row + j].get(mode='promise_in_bounds')
-            total += (weight_y * weight_x)[..., None] * values
-    return jnp.round(total).astype(jnp.uint8)
+
+    def add(total: Array, corner: tuple[Array, Array]) -> tuple[Array, None]:
+        dy, dx = corner
+        weight = (1 - dy + (2 * dy - 1) * share_y) * (1 - dx + (2 * dx - 1) * share_x)
+        # Clipped as floats: far outside, whole numbers would overflow.
+        i = jnp.clip(top + dy, 0, size[..., 0] - 1.0).astype(jnp.int32)
+        j = jnp.clip(left + dx, 0, size[..., 1] - 1.0).astype(jnp.int32)
+        return total + weight[..., None] * pixels.at[start + i * row + j].get(mode='promise_in_bounds'), None
+
+    # A loop, so that `pixels` are computed before it. XLA else computes them anew for each of the four that are read.
+    corners = jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([0.0, 1.0, 0.0, 1.0])
+    return jnp.round(jax.lax.scan(add, jnp.zeros((*y.shape, 3)), corners)[0]).astype(jnp.uint8)
 
 
 def erase(key: Array, sample: Sample, area: Sequence[float], aspect: Sequence[float]) -> Sample:
@@ -98,7 +99,10 @@ def erase(key: Array, sample: Sample, area: Sequence[float], aspect: Sequence[fl
     y_H1, x_W = jnp.arange(image.shape[0])[:, None], jnp.arange(image.shape[1])
     y1, x1, y2, x2 = rectangle_4
     erased_HW = (y_H1 >= y1) & (y_H1 < y2) & (x_W >= x1) & (x_W < x2)
-    noise = jax.random.bits(of_noise, image.shape, 'uint8')
+    words = jax.random.bits(
+        of_noise, (-(-image.size // 4),), 'uint32'
+    )  # jax spends a word on a byte if asked for bytes
+    noise = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: image.size].reshape(image.shape)
     hidden_M = areas(intersections(boxes, rectangle_4[None]))
     labels = jnp.where(areas(boxes) - hidden_M >= MIN_VISIBLE * areas(boxes), labels, -1)
     boxes, labels = largest(boxes, labels, most=len(labels))

@@ -62,8 +62,7 @@ def rand_augment(key: Array, sample: Sample, layers: int, magnitude: float | Flo
 
 def _recolor(image: Array, change: Change, valid_size: Int[Array, '2']) -> Array:
     image = color.look_up(image, color.to_uint8(change.levels))
-    matrix_33 = color.blend_with_grey(change.saturation)
-    image = color.to_uint8((image[..., None, :].astype(jnp.float32) * matrix_33).sum(axis=-1))
+    image = color.recolor(image, color.blend_with_grey(change.saturation))
     y_H1, x_W = jnp.arange(image.shape[0])[:, None], jnp.arange(image.shape[1])
     interior_HW = (y_H1 > 0) & (y_H1 < valid_size[0] - 1) & (x_W > 0) & (x_W < valid_size[1] - 1)
     return color.sharpen(image, interior_HW[..., None], change.sharpness)
