@@ -19,7 +19,7 @@ from effdet_jax.records.pictures import draw_boxes, grid, write_image
 from effdet_jax.training.augment import AUGMENTATIONS, make_augment
 from effdet_jax.training.augmentations.rand_augment import OPERATIONS
 
-SIZE, COLUMNS, TILE = 384, 4, 240
+SIZE, COLUMNS, TILE = 384, 4, 150
 MEAN = tuple(map(round, default.IMAGENET_MEAN))
 
 
