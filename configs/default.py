@@ -66,7 +66,26 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 prefetch=16,  # batches
                 cache_gb=0.0,  # of decoded training images to keep in memory, per host: for data sets that fit
             ),
-            augment=dict(scale=(0.1, 2.0), flip=True),
+            augment=dict(
+                scale=(0.1, 2.0),  # of the size that fits into the input; what does not fit is cropped
+                flip=True,
+                # In the order in which they are applied. probability: of each image to get it; 0: off.
+                mosaic=dict(probability=0.0),  # four images become one
+                rand_augment=dict(probability=0.0, layers=1, magnitude=5.0),  # so many operations, of 0 to 10
+                mixup=dict(probability=0.0, alpha=32.0),  # two images blended by Beta(alpha, alpha)
+                color_jitter=dict(
+                    probability=0.0,
+                    brightness=0.4,  # a factor in 1 -+ 0.4, as those of contrast and saturation
+                    contrast=0.4,
+                    saturation=0.4,
+                    hue=0.05,  # turns, either way
+                ),
+                erasing=dict(
+                    probability=0.0,
+                    area=(0.02, 0.2),  # of the rectangle, as a share of the picture
+                    aspect=(0.3, 3.3),  # height to width
+                ),
+            ),
             loss=dict(
                 alpha=0.25,
                 gamma=1.5,

@@ -25,6 +25,7 @@ from effdet_jax.inference.detector import (
 )
 from effdet_jax.inference.formats import FORMATS, Input, Program, Run
 from effdet_jax.model import build_model
+from effdet_jax.model.batch_norm import fold
 from effdet_jax.records.checkpoint import load_variables
 from effdet_jax.records.files import replacing
 from effdet_jax.records.metrics import say
@@ -68,7 +69,7 @@ def export(workdir: Path, out: Path, format_name: str, outputs: str, batch: int 
         batch = batch or 1  # TensorFlow refuses top_k of a batch whose size is open ("dynamic_iota has dynamic shapes")
     detector, config = Detector.load(workdir, batch_size=batch or IMAGES), run_config.load(workdir)
     step, variables = load_variables(workdir)
-    original = Original(config, detector, jax.tree.map(jnp.asarray, variables), step)
+    original = Original(config, detector, jax.tree.map(jnp.asarray, fold(variables)), step)
     make, compare = {'boxes': (boxes_program, _compare_boxes), 'raw': (raw_program, _compare_raw)}[outputs]
     program = make(original, batch)
     facts = metadata(original, program, format_name)

@@ -18,6 +18,7 @@ from effdet_jax.errors import UserError
 from effdet_jax.inference import formats, merge, packing
 from effdet_jax.inference.detections import Detections
 from effdet_jax.model import EfficientDet, Outputs, build_model
+from effdet_jax.model.batch_norm import fold
 from effdet_jax.records import checkpoint
 
 
@@ -81,7 +82,7 @@ class Detector:
                 'these weights are a backbone alone: train a detector from them with config.train.init_from'
             )
         model = build_model(config.model, len(config.dataset.class_names))
-        variables = jax.device_put(checkpoint.load_variables(Path(workdir))[1])
+        variables = jax.device_put(fold(checkpoint.load_variables(Path(workdir))[1]))
         if augmentation:  # the faded copies that soft NMS leaves would pull down the averages that merging takes
             config.eval.nms = 'hard'
         scales = augmentation.scales if augmentation else (1.0,)

@@ -63,7 +63,7 @@ class PointwiseConv(nn.Module):
     def __call__(
         self, x: Float[Array, 'B H W C'], gate: Float[Array, 'B 1 1 C'] | None = None
     ) -> Float[Array, 'B H W F']:
-        """With `gate`, the convolution of `x * gate`: the gate is multiplied onto the kernel, which is smaller than x."""
+        """With `gate`, the convolution of `x * gate`: it is multiplied onto the kernel, which is smaller than x."""
         kernel = self.param('kernel', self.kernel_init, (1, 1, x.shape[-1], self.features), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel[0, 0].astype(self.dtype)
         if gate is None:
@@ -140,7 +140,7 @@ def _conv_with_stride_2(x: Array, kernel: Array) -> Array:
 
 
 def _conv_as_product(x: Array, kernel: Array) -> Array:
-    """A row of 9 C numbers for each output position, times a matrix: with few channels XLA's form is 2.5 times slower."""
+    """A row of 9 C numbers for each position, times a matrix: with 3 channels XLA's form is 2.5 times slower on CPU."""
     height, width = (-(-n // 2) for n in x.shape[1:3])
     padded = pad_same(x, 3, 2)
     batch, h, w, channels = padded.shape

@@ -1,20 +1,114 @@
-"""Augmentation on the device: functions of one image, its boxes and a key. `vmap` them over a batch."""
+"""Augmentation on the device: uint8 batch in, uint8 batch out, boxes moved with the pixels.
+
+What happens to a picture is a function of the step's key and of its place in the global batch: neither the number of
+devices nor resuming changes it. Which augmentations are on is known when the step is compiled; one that is off, with a
+probability of 0, leaves no trace in the program.
+"""
+
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+
+from effdet_jax.errors import UserError
+from effdet_jax.training.augmentations import color, geometry, mixing, rand_augment
+from effdet_jax.training.augmentations.sample import Sample, inside
+
+Batch = dict[str, jax.Array]
 
 
-def random_flip(
-    key: Array, image: UInt8[Array, 'H W 3'], boxes: Float[Array, 'M 4'], valid_size: Int[Array, '2']
-) -> tuple[UInt8[Array, 'H W 3'], Float[Array, 'M 4']]:
-    """Mirrors the picture left to right with probability one half; the padding at its right stays where it is."""
-    width = valid_size[1]
-    x = jnp.arange(image.shape[1])
-    mirrored = image[:, jnp.where(x < width, width - 1 - x, x)]
-    y1, x1, y2, x2 = jnp.moveaxis(boxes, -1, 0)
-    # The reference flips first and then cuts boxes at the last pixel (spec 9).
-    x1, x2 = (jnp.minimum(width - x, image.shape[1] - 1) for x in (x2, x1))
-    mirrored_boxes = jnp.stack([y1, x1, y2, x2], axis=-1)
-    flip = jax.random.bernoulli(key)
-    return jnp.where(flip, mirrored, image), jnp.where(flip, mirrored_boxes, boxes)
+class Augmentation(NamedTuple):
+    """function: (key, one sample, settings) -> sample; with `of_group` (key, pool, place in it, settings) -> sample.
+
+    keys: its settings in `config.augment.NAME` beside `probability`. fills: takes the colour of what is uncovered too.
+    """
+
+    function: Callable[..., Sample]
+    keys: tuple[str, ...] = ()
+    fills: bool = False
+    of_group: bool = False
+
+
+# In the order in which they are applied; the flip comes last.
+AUGMENTATIONS = {
+    'mosaic': Augmentation(mixing.mosaic, of_group=True),
+    'rand_augment': Augmentation(rand_augment.rand_augment, ('layers', 'magnitude'), fills=True),
+    'mixup': Augmentation(mixing.mixup, ('alpha',), fills=True, of_group=True),
+    'color_jitter': Augmentation(color.color_jitter, ('brightness', 'contrast', 'saturation', 'hue')),
+    'erasing': Augmentation(geometry.erase, ('area', 'aspect')),
+}
+
+# Of each setting, or of both ends of one that is a range.
+LIMITS = {
+    'probability': (0, 1), 'layers': (1, 10), 'magnitude': (0, rand_augment.MAX_MAGNITUDE), 'alpha': (0.01, 1000),
+    'brightness': (0, 1), 'contrast': (0, 1), 'saturation': (0, 1), 'hue': (0, 0.5), 'area': (0, 1),
+    'aspect': (0.01, 100),
+}  # fmt: skip
+
+
+def make_augment(config: Any, axis: str | None) -> Callable[[jax.Array, Batch], Batch]:
+    """`augment(key, batch)`, for one device of the mapped axis `axis`, or for all there is where that is None.
+
+    Raises:
+      UserError: where a setting is out of its range; and, when it is called, where a batch cannot be grouped.
+    """
+    i, flip = config.image, config.augment.flip
+    fill = tuple(min(max(round(i.padding * std + mean), 0), 255) for mean, std in zip(i.mean, i.std, strict=True))
+    chosen = {}
+    for name, row in AUGMENTATIONS.items():
+        settings = {key: _checked(config, name, key) for key in ('probability', *row.keys)}
+        if probability := settings.pop('probability'):
+            function = partial(row.function, **settings, **({'fill': fill} if row.fills else {}))
+            chosen[name] = probability, row.of_group, function
+
+    def augment(key: jax.Array, batch: Batch) -> Batch:
+        samples = Sample(*(batch[field] for field in Sample._fields))
+        keys_B = keys_of_samples(key, len(samples.image), axis)
+        for name, (probability, of_group, function) in chosen.items():
+            # By its name: another one, switched on before it, does not change what it draws.
+            own_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, zlib.crc32(name.encode()))
+            samples = _apply(own_keys_B, samples, probability, function, of_group, axis)
+        if chosen:
+            samples = samples._replace(image=jnp.where(jax.vmap(inside)(samples), samples.image, 0))
+        if flip:
+            samples = jax.vmap(geometry.random_flip)(keys_B, samples)
+        return batch | samples._asdict()
+
+    return augment
+
+
+def keys_of_samples(key: jax.Array, batch: int, axis: str | None) -> jax.Array:
+    """A key per sample from its place in the global batch: the same for any number of devices."""
+    first = jax.lax.axis_index(axis) * batch if axis else 0
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(batch))
+
+
+def _apply(
+    keys: jax.Array, samples: Sample, probability: float, function: Callable, of_group: bool, axis: str | None
+) -> Sample:
+    whether_B, how_B = jax.vmap(jax.random.split, out_axes=1)(keys)
+    drawn_B = jax.vmap(partial(jax.random.bernoulli, p=probability))(whether_B)
+    # Outside of the branch: there, devices that take the other one would be waited for.
+    pool, places_B = mixing.with_partners(samples, axis) if of_group else (samples, None)
+
+    def apply() -> Sample:
+        changed = (
+            jax.vmap(function, (0, None, 0))(how_B, pool, places_B) if of_group else jax.vmap(function)(how_B, pool)
+        )
+        return jax.vmap(lambda drawn, *either: jax.tree.map(partial(jnp.where, drawn), *either))(
+            drawn_B, changed, samples
+        )
+
+    return jax.lax.cond(drawn_B.any(), apply, lambda: samples)
+
+
+def _checked(config: Any, name: str, key: str) -> Any:
+    value = getattr(getattr(config.augment, name), key)
+    low, high = LIMITS[key]
+    ends = value if isinstance(value, tuple) else (value,)
+    if not all(low <= end <= high for end in ends) or list(ends) != sorted(ends):
+        raise UserError(f'config.augment.{name}.{key}={value!r} must lie in {low:g} to {high:g}: change it')
+    return value

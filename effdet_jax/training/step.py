@@ -52,7 +52,7 @@ def make_train_step(
     """
     axis, seed = model.axis_name, config.seed
     statistics = config.image.mean, config.image.std, config.image.padding
-    flip = config.augment.flip
+    augment_batch = augment.make_augment(config, axis)
     parts, freeze, ema_decay = config.train.accumulate, config.train.freeze, config.train.ema_decay
     c = config.loss
     focal = dict(alpha=c.alpha, gamma=c.gamma, label_smoothing=c.label_smoothing)
@@ -83,14 +83,11 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, frozen: bool = False) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        flip_key, depth_key = jax.random.split(key)
-        images_u8, boxes_BM4 = batch['image'], batch['boxes']
-        if flip:
-            keys_B = _keys_of_samples(flip_key, images_u8.shape[0], axis)
-            images_u8, boxes_BM4 = jax.vmap(augment.random_flip)(keys_B, images_u8, boxes_BM4, batch['valid_size'])
-        images = preprocess.normalize(images_u8, batch['valid_size'], *statistics)
+        augment_key, depth_key = jax.random.split(key)
+        batch = augment_batch(augment_key, batch)
+        images = preprocess.normalize(batch['image'], batch['valid_size'], *statistics)
         targets = jax.vmap(assignment.assign, (None, 0, 0, None))(
-            jnp.asarray(anchors_N4), boxes_BM4, batch['labels'], match_threshold
+            jnp.asarray(anchors_N4), batch['boxes'], batch['labels'], match_threshold
         )
         num_positives = _sum_over(axis, targets.num_positives.sum())
         normalizer = num_positives + 1  # an image without objects must not divide by zero
@@ -152,12 +149,6 @@ def select(condition: jax.Array, yes: Any, no: Any) -> Any:
 
 def _sum_over(axis: str | None, tree: Any) -> Any:
     return jax.lax.psum(tree, axis) if axis else tree
-
-
-def _keys_of_samples(key: jax.Array, batch: int, axis: str | None) -> jax.Array:
-    """A key per sample from its place in the global batch: the same for any number of devices."""
-    first = jax.lax.axis_index(axis) * batch if axis else 0
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(batch))
 
 
 def _sum_of_parts(parts: int, function: Callable, batch: Any) -> Any:

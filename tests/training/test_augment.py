@@ -1,80 +1,129 @@
+"""The table as a whole: what is off, what a step draws, padding, devices. test_augmentations.py has each by itself."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import tiny
 
-from effdet_jax.training.augment import random_flip
+from configs import default
+from effdet_jax.detection import preprocess
+from effdet_jax.errors import UserError
+from effdet_jax.training import augment, parallel
+from effdet_jax.training.augment import AUGMENTATIONS, make_augment
+from effdet_jax.training.augmentations.geometry import random_flip
+from effdet_jax.training.augmentations.sample import Sample
 
-HEIGHT, WIDTH = 12, 16
-flip = jax.jit(random_flip)
+SIZE = 24
+FIELDS = Sample._fields
+
+
+def config(probability=0.0, names=tuple(AUGMENTATIONS), **changes):
+    c = default.get_config('d0')
+    for name in names:
+        c.augment[name].probability = probability
+    c.augment.rand_augment.layers = 2
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def batch(images=8, seed=0):
+    return jax.tree.map(jnp.asarray, tiny.batch(SIZE, images=images, seed=seed))
 
 
 @pytest.fixture(scope='module')
-def keys():
-    """(a key that flips, a key that does not)."""
-    key = jax.random.key(0)
-    image = jnp.zeros((HEIGHT, WIDTH, 3), jnp.uint8).at[0, 0].set(1)
-    draws = [jax.random.fold_in(key, i) for i in range(20)]
-    flips = [bool(flip(k, image, jnp.zeros((1, 4)), jnp.array([HEIGHT, WIDTH]))[0][0, -1].any()) for k in draws]
-    return draws[flips.index(True)], draws[flips.index(False)]
+def all_on():
+    """Every augmentation of half of the images."""
+    return jax.jit(make_augment(config(0.5), None))
 
 
-@st.composite
-def pictures(draw):
-    """(image with one white rectangle and noise as padding, its box yxyx, valid_size); the box ends before the edge."""
-    height, width = draw(st.integers(2, HEIGHT)), draw(st.integers(3, WIDTH))
-    last = min(width, WIDTH - 1)  # boxes are cut there before, and after every flip
-    y1, x1 = draw(st.integers(0, height - 1)), draw(st.integers(1, last - 1))
-    y2, x2 = draw(st.integers(y1 + 1, height)), draw(st.integers(x1 + 1, last))
-    image = np.random.default_rng(0).integers(1, 200, (HEIGHT, WIDTH, 3)).astype(np.uint8)
-    image[:height, :width] = 0
-    image[y1:y2, x1:x2] = 255
-    return image, np.array([[y1, x1, y2, x2]], np.float32), np.array([height, width])
+def assert_same(a, b):
+    for field in FIELDS:
+        np.testing.assert_array_equal(a[field], b[field], err_msg=field)
 
 
-def around_white(image):
-    """Box yxyx around the white pixels."""
-    y, x = np.nonzero(np.all(image == 255, axis=-1))
-    return np.array([[y.min(), x.min(), y.max() + 1, x.max() + 1]], np.float32)
+def test_everything_is_off_unless_asked_for():
+    assert all(default.get_config('d0').augment[name].probability == 0 for name in AUGMENTATIONS)
+    without = make_augment(config(**{'augment.flip': False}), None)(jax.random.key(0), batch())
+    assert_same(without, batch())
 
 
-@given(picture=pictures())
-def test_boxes_move_with_their_pixels_and_the_padding_stays(keys, picture):
-    image, boxes, valid_size = picture
-    flipped, moved = flip(keys[0], image, boxes, valid_size)
-    np.testing.assert_array_equal(moved, around_white(np.asarray(flipped)))
-    height, width = valid_size
-    np.testing.assert_array_equal(flipped[:height, :width], image[:height, :width][:, ::-1])
-    np.testing.assert_array_equal(flipped[:, width:], image[:, width:])
+def test_alone_the_flip_is_what_it_was():
+    key, b = jax.random.key(5), batch()
+    flipped = make_augment(default.get_config('d0'), None)(key, b)
+    for i in range(8):
+        expected = random_flip(jax.random.fold_in(key, i), Sample(*(jnp.asarray(b[field][i]) for field in FIELDS)))
+        assert_same({field: flipped[field][i] for field in FIELDS}, expected._asdict())
 
 
-@given(picture=pictures())
-def test_twice_is_not_at_all(keys, picture):
-    image, boxes, valid_size = picture
-    again = flip(keys[0], *flip(keys[0], image, boxes, valid_size), valid_size)
-    np.testing.assert_array_equal(again[0], image)
-    np.testing.assert_array_equal(again[1], boxes)
+def test_the_key_of_the_step_decides(all_on):
+    first, again, next_step = (all_on(jax.random.key(seed), batch()) for seed in (1, 1, 2))
+    assert_same(first, again)
+    assert (np.asarray(first['image']) != np.asarray(next_step['image'])).any(axis=(1, 2, 3)).mean() > 0.5
 
 
-@given(picture=pictures())
-def test_otherwise_nothing_changes(keys, picture):
-    image, boxes, valid_size = picture
-    same = flip(keys[1], image, boxes, valid_size)
-    np.testing.assert_array_equal(same[0], image)
-    np.testing.assert_array_equal(same[1], boxes)
-
-
-def test_a_box_at_the_left_edge_ends_at_the_last_pixel_as_in_the_reference(keys):
-    _, boxes = flip(
-        keys[0], np.zeros((HEIGHT, WIDTH, 3), np.uint8), np.array([[1, 0, 5, 4]], np.float32), np.array([HEIGHT, WIDTH])
+def test_what_one_draws_does_not_depend_on_which_others_are_on():
+    alone, both = (
+        make_augment(config(1.0, names, **{'augment.flip': False}), None)(jax.random.key(0), batch())
+        for names in (['color_jitter'], ['color_jitter', 'erasing'])
     )
-    np.testing.assert_array_equal(boxes, [[1, WIDTH - 4, 5, WIDTH - 1]])
+    same = (np.asarray(alone['image']) == np.asarray(both['image'])).mean()
+    assert 0.75 < same < 1  # but for what was erased
 
 
-def test_every_second_image_is_flipped():
-    image = jnp.zeros((HEIGHT, WIDTH, 3), jnp.uint8).at[0, 0].set(1)
-    keys = jax.random.split(jax.random.key(0), 1000)
-    flipped = jax.vmap(lambda key: random_flip(key, image, jnp.zeros((1, 4)), jnp.array([HEIGHT, WIDTH]))[0][0, -1, 0])
-    assert 450 < int(flipped(keys).sum()) < 550
+def test_types_order_of_boxes_and_padding(all_on):
+    c = config()
+    for seed in range(5):
+        b = batch(seed=seed)
+        out = all_on(jax.random.key(seed), b)
+        for field in FIELDS:
+            assert (out[field].dtype, out[field].shape) == (b[field].dtype, b[field].shape)
+        boxes, labels, valid = (np.asarray(out[field]) for field in ('boxes', 'labels', 'valid_size'))
+        assert (np.diff((labels >= 0).astype(int), axis=1) <= 0).all()  # padding is at the end
+        assert (boxes[labels < 0][:, :2] == boxes[labels < 0][:, 2:]).all()  # without area
+        assert (boxes[..., :2] <= boxes[..., 2:]).all() and (boxes >= 0).all()
+        assert (boxes <= np.tile(valid, 2)[:, None]).all()
+        pixels = np.asarray(preprocess.normalize(out['image'], out['valid_size'], c.image.mean, c.image.std, -0.5))
+        for image, seen, (height, width) in zip(np.asarray(out['image']), pixels, valid, strict=True):
+            assert not image[height:].any() and not image[:, width:].any()
+            assert (seen[height:] == -0.5).all() and (seen[:, width:] == -0.5).all()
+
+
+def test_of_each_image_by_itself_with_the_probability_asked_for():
+    """In the place of an augmentation stands one that paints white, because the real ones sometimes change nothing."""
+
+    def white(key, sample):
+        return sample._replace(image=jnp.full_like(sample.image, 255))
+
+    b = {'image': np.zeros((2000, 2, 2, 3), np.uint8), 'boxes': np.zeros((2000, 1, 4), np.float32),
+         'labels': np.zeros((2000, 1), np.int32), 'valid_size': np.full((2000, 2), 2, np.int32)}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(augment.AUGMENTATIONS, 'color_jitter', augment.Augmentation(white))
+        out = jax.jit(make_augment(config(0.3, ['color_jitter']), None))(jax.random.key(0), b)
+    painted = np.asarray(out['image']).reshape(2000, -1)
+    assert (painted.all(axis=1) | ~painted.any(axis=1)).all()
+    assert abs(painted.all(axis=1).mean() - 0.3) < 3 * (0.3 * 0.7 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize('images', [4, 8])  # one and two on each of four devices: groups span four and two of them
+def test_four_devices_augment_as_one_does(images, all_on):
+    b = {field: batch(images)[field] for field in FIELDS}
+    mapped = parallel.map_devices(lambda key, b: make_augment(config(0.5), parallel.AXIS)(key, b))
+    on_four = parallel.unshard(mapped(parallel.replicate(jax.random.key(7)), parallel.shard(jax.device_get(b))))
+    assert_same(on_four, jax.device_get(all_on(jax.random.key(7), b)))
+
+
+def test_batches_that_cannot_be_grouped_are_refused():
+    mosaic = make_augment(config(1.0, ['mosaic']), None)
+    with pytest.raises(UserError, match='need groups of 4 images, but each of 1 devices has 6: choose'):
+        mosaic(jax.random.key(0), batch(6))
+    make_augment(config(1.0, ['erasing']), None)(jax.random.key(0), batch(6))
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [('mosaic.probability', 1.5), ('rand_augment.magnitude', 11.0), ('erasing.area', (0.5, 0.1)), ('mixup.alpha', 0.0)],
+)
+def test_settings_out_of_range_are_refused(key, value):
+    with pytest.raises(UserError, match=rf'config\.augment\.{key}=.* must lie in'):
+        make_augment(config(0.5, **{f'augment.{key}': value}), None)
