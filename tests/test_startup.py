@@ -1,7 +1,10 @@
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from effdet_jax import startup
 
@@ -67,3 +70,26 @@ def test_torch_is_not_loaded():
     code = 'import sys; from effdet_jax import train; print({"torch", "tensorflow", "matplotlib"} & {*sys.modules})'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout == 'set()\n', done.stderr
+
+
+def page_faults_of_a_second_block(first: str) -> int:
+    code = f"""
+import ctypes, resource
+from effdet_jax import startup
+{first}
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.memset.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+libc.free.argtypes = (ctypes.c_void_p,)
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(64 << 20)
+    libc.memset(block, 1, 64 << 20)
+    libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    return int(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is glibc')
+def test_freed_memory_is_kept_and_not_cleared_again_by_the_system():
+    assert page_faults_of_a_second_block('') > 10 * page_faults_of_a_second_block('startup.keep_memory()') + 20

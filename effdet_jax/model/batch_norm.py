@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jaxtyping import Array, Float
 
 EPSILON = 1e-3  # everywhere (spec 2)
@@ -68,21 +69,14 @@ class BatchNorm(nn.Module):
 
 def fold(variables: dict) -> dict:
     """Variables for inference alone: every batch norm is one multiply-add, worked out here and not in every call."""
-
-    def walk(params: Any, statistics: Any) -> tuple[dict, dict]:
-        if 'mean' in statistics:
-            scale = params['scale'] * jax.lax.rsqrt(statistics['var'] + EPSILON)
-            return {}, {'scale': scale, 'shift': params['bias'] - statistics['mean'] * scale}
-        rest, folded = {}, {}
-        for name, child in params.items():
-            if name in statistics:
-                rest[name], folded[name] = walk(child, statistics[name])
-            else:
-                rest[name] = child
-        return rest, folded
-
-    params, folded = walk(variables['params'], variables['batch_stats'])
-    return {'params': params, FOLDED: folded}
+    params = traverse_util.flatten_dict(variables['params'])
+    statistics = traverse_util.flatten_dict(variables['batch_stats'])
+    folded = {}
+    for layer in (path[:-1] for path in statistics if path[-1] == 'mean'):
+        scale = params.pop((*layer, 'scale')) * jax.lax.rsqrt(statistics[*layer, 'var'] + EPSILON)
+        folded[*layer, 'scale'] = scale
+        folded[*layer, 'shift'] = params.pop((*layer, 'bias')) - statistics[*layer, 'mean'] * scale
+    return {'params': traverse_util.unflatten_dict(params), FOLDED: traverse_util.unflatten_dict(folded)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
