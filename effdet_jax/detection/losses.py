@@ -24,12 +24,12 @@ def focal_loss(
     Lin et al. 2017, equation 5. Label smoothing moves the target of the logarithm towards one half; alpha_t and p_t see
     the unsmoothed target. The gradient is written out below: autodiff keeps five arrays of this size for it.
     """
-    _, weight, cross_entropy, _ = _focal_terms(logits, classes, alpha, gamma, label_smoothing)
-    return weight * cross_entropy
+    return _focal_forward(logits, classes, alpha, gamma, label_smoothing)[0]
 
 
 def _focal_forward(logits: Array, classes: Array, *constants: float) -> tuple[Array, tuple[Array, Array]]:
-    return focal_loss(logits, classes, *constants), (logits, classes)
+    _, weight, cross_entropy, _ = _focal_terms(logits, classes, *constants)
+    return weight * cross_entropy, (logits, classes)
 
 
 def _focal_backward(
