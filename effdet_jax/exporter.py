@@ -214,12 +214,12 @@ def _images(config: Any, count: int) -> tuple[list[np.ndarray], str]:
     d = config.dataset
     try:
         source = data.open_source(d.source, d.eval_split, d.class_names)
-        images = [data.load(source, index)[0] for index in range(min(count, len(source)))]
+        images = [np.asarray(data.load(source, index)[0]) for index in range(min(count, len(source)))]
         whence = f'images of {d.source} {d.eval_split}'.rstrip()
     except UserError as error:
         say(f'note: the images of the evaluation cannot be read here ({error}): embedded drawings in their place')
         images, whence = [], 'embedded drawings'
-    return images + [shapes.draw(index).image for index in range(count - len(images))], whence
+    return images + [np.asarray(shapes.draw(index).image) for index in range(count - len(images))], whence
 
 
 def _model(config: Any) -> Any:

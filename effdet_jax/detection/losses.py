@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from effdet_jax.detection import boxes as box_ops
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def focal_loss(
     logits: Float[Array, '*n K'],
     classes: Int[Array, '*n'],
@@ -24,7 +23,12 @@ def focal_loss(
     Lin et al. 2017, equation 5. Label smoothing moves the target of the logarithm towards one half; alpha_t and p_t see
     the unsmoothed target. The gradient is written out below: autodiff keeps five arrays of this size for it.
     """
-    return _focal_forward(logits, classes, alpha, gamma, label_smoothing)[0]
+    return _focal(logits, classes, alpha, gamma, label_smoothing)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _focal(logits: Array, classes: Array, *constants: float) -> Array:
+    return _focal_forward(logits, classes, *constants)[0]
 
 
 def _focal_forward(logits: Array, classes: Array, *constants: float) -> tuple[Array, tuple[Array, Array]]:
@@ -43,7 +47,7 @@ def _focal_backward(
     return gradient * weight * (gamma * log_miss_slope * cross_entropy + p - target), None
 
 
-focal_loss.defvjp(_focal_forward, _focal_backward)
+_focal.defvjp(_focal_forward, _focal_backward)
 
 
 def _focal_terms(

@@ -58,7 +58,7 @@ def read_stablehlo(path: Path) -> tuple[Run, dict[str, Any]]:
     try:
         with zipfile.ZipFile(path) as archive:
             metadata = json.loads(archive.read('metadata.json'))
-            program = export.deserialize(bytearray(archive.read('model.stablehlo')))
+            program: Any = export.deserialize(bytearray(archive.read('model.stablehlo')))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
             f'{path} is no StableHLO export ({error}): give a work directory, or a file of effdet_jax.export'
@@ -89,7 +89,7 @@ def write_saved_model(program: Program, metadata: Metadata, path: Path) -> None:
         content = stablehlo.serialize_portable_artifact(module, STABLEHLO_OF_TENSORFLOW)
 
     def call(*arguments: Any) -> dict[str, Any]:
-        results = xla.call_module(
+        results: Any = xla.call_module(
             list(arguments),
             version=exported.calling_convention_version,
             module=content,

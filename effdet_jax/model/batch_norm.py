@@ -69,8 +69,8 @@ class BatchNorm(nn.Module):
 
 def fold(variables: dict) -> dict:
     """Variables for inference alone: every batch norm is one multiply-add, worked out here and not in every call."""
-    params = traverse_util.flatten_dict(variables['params'])
-    statistics = traverse_util.flatten_dict(variables['batch_stats'])
+    params: dict[tuple, Any] = traverse_util.flatten_dict(variables['params'])
+    statistics: dict[tuple, Any] = traverse_util.flatten_dict(variables['batch_stats'])
     folded = {}
     for layer in (path[:-1] for path in statistics if path[-1] == 'mean'):
         scale = params.pop((*layer, 'scale')) * jax.lax.rsqrt(statistics[*layer, 'var'] + EPSILON)
@@ -79,7 +79,6 @@ def fold(variables: dict) -> dict:
     return {'params': traverse_util.unflatten_dict(params), FOLDED: traverse_util.unflatten_dict(folded)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def batch_norm(
     x: Float[Array, '*b C'],
     scale: Float[Array, 'C'],
@@ -88,6 +87,13 @@ def batch_norm(
     axis_name: str | None = None,
 ) -> tuple[Float[Array, '*b C'], Float[Array, 'C'], Float[Array, 'C']]:
     """(normalised with its own statistics and activated, mean, biased variance). No gradient passes the last two."""
+    return _batch_norm(x, scale, bias, activation, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _batch_norm(
+    x: Array, scale: Array, bias: Array, activation: str, axis_name: str | None
+) -> tuple[Array, Array, Array]:
     return _forward(x, scale, bias, activation, axis_name)[0]
 
 
@@ -119,7 +125,7 @@ def _backward(
     return dx.astype(x.dtype), mean_dz_h * positions, mean_dz * positions
 
 
-batch_norm.defvjp(_forward, _backward)
+_batch_norm.defvjp(_forward, _backward)
 
 
 def _mean(axis_name: str | None, *arrays: Array) -> tuple[Array, ...]:

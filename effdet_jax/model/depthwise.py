@@ -20,7 +20,7 @@ def depthwise_conv(
     x: Float[Array, 'B H W C'], kernel: Float[Array, 'k k 1 C'], stride: int = 1
 ) -> Float[Array, 'B h w C']:
     """Each channel with its own k x k kernel (k odd), SAME padding as TensorFlow places it; h = ceil(H / stride)."""
-    return _conv(x, kernel, stride, x.shape[1:3])
+    return _conv(x, kernel, stride, (x.shape[1], x.shape[2]))
 
 
 def by_platform(*operands: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
@@ -122,7 +122,9 @@ def _strided(size: tuple[int, int], stride: int) -> tuple[int, int]:
 
 
 def _shifted(x: Array, kernel: Array, stride: int) -> Array:
-    return _sum_of_taps(pad_same(x, kernel.shape[0], stride), kernel, stride, *_strided(x.shape[1:3], stride))
+    return _sum_of_taps(
+        pad_same(x, kernel.shape[0], stride), kernel, stride, *_strided((x.shape[1], x.shape[2]), stride)
+    )
 
 
 def _sum_of_taps(padded: Array, kernel: Array, stride: int, height: int, width: int) -> Array:

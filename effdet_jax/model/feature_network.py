@@ -205,7 +205,7 @@ class FusionNode(nn.Module):
             shape = (len(resampled), self.channels) if self.per_channel else (len(resampled),)
             weights = self.param('edge_weights', nn.initializers.ones, shape, jnp.float32)
             factors = normalise(weights).astype(self.dtype)
-            weighted = [factor * x for factor, x in zip(factors, resampled, strict=True)]
+            weighted: list[Array] = [factor * x for factor, x in zip(factors, resampled, strict=True)]
             x = sum(weighted[1:], start=weighted[0])
         x = ACTIVATIONS[self.activation].value(x)
         if self.separable:
