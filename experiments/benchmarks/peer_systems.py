@@ -150,11 +150,12 @@ def build_our_boxes(case: Case, folder: Path, device: str) -> Work:
 
     from effdet_jax.inference.detector import Detector, Thresholds, make_detect_pixels
     from effdet_jax.model import build_model
+    from effdet_jax.model.batch_norm import fold
 
     config = our_config(case, device)
     model = build_model(config.model, CLASSES)
     variables = _our_variables(model, config, folder)
-    function = functools.partial(jax.jit(make_detect_pixels(config, model)), variables)
+    function = functools.partial(jax.jit(make_detect_pixels(config, model)), fold(variables))
     names = tuple(f'class {index}' for index in range(CLASSES))
     thresholds = Thresholds(config.eval.score_threshold, config.eval.iou_threshold, config.eval.sigma)
     detector = Detector([function], names, tuple(range(1, CLASSES + 1)), thresholds, batch_size=case.batch)
@@ -184,6 +185,9 @@ def _our_variables(model: Any, config: Any, folder: Path) -> Any:
 def _our_network(config: Any, model: Any, variables: Any, inputs: dict[str, np.ndarray]) -> tuple[Callable, Callable]:
     import jax
 
+    from effdet_jax.model.batch_norm import fold
+
+    variables = fold(variables)  # as `Detector` does
     network = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
     images = jax.device_put(inputs['images'])
 
