@@ -117,7 +117,6 @@ def _backward(
     x, scale, bias, mean, inverse = residuals
     h = (x - mean) * inverse
     dz = gradients[0].astype(jnp.float32) * ACTIVATIONS[activation].slope(h * scale + bias)
-    dz = jax.lax.optimization_barrier(dz)  # used three times: XLA would write down the sigmoid, too
     mean_dz, mean_dz_h = _mean(axis_name, dz, dz * h)
     dx = scale * inverse * (dz - mean_dz - h * mean_dz_h)
     # The step adds up the devices' gradients of parameters: what each gives is its own share, here an equal one.
