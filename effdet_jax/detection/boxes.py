@@ -13,10 +13,9 @@ def areas(boxes: Float[Array, '*n 4']) -> Float[Array, '*n']:
 
 def intersections(a: Float[Array, '*#n 4'], b: Float[Array, '*#n 4']) -> Float[Array, '*n']:
     """Area shared by a and b, element by element with broadcasting."""
-    top_left = jnp.maximum(a[..., :2], b[..., :2])
-    bottom_right = jnp.minimum(a[..., 2:], b[..., 2:])
-    sides = jnp.maximum(bottom_right - top_left, 0)
-    return sides[..., 0] * sides[..., 1]
+    height = jnp.minimum(a[..., 2], b[..., 2]) - jnp.maximum(a[..., 0], b[..., 0])
+    width = jnp.minimum(a[..., 3], b[..., 3]) - jnp.maximum(a[..., 1], b[..., 1])
+    return jnp.maximum(height, 0) * jnp.maximum(width, 0)
 
 
 def iou(a: Float[Array, '*#n 4'], b: Float[Array, '*#n 4']) -> Float[Array, '*n']:

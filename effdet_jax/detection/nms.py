@@ -41,12 +41,15 @@ def nms(
     if kind not in ('hard', 'gaussian'):
         raise ValueError(f'nms kind {kind!r} is unknown: choose hard or gaussian')
 
+    places_N = jnp.arange(len(scores))
+    columns_4N = boxes.T  # a loop over neighbours in memory can be vectorised
+
     def select(place: Array, state: tuple[Array, Selection]) -> tuple[Array, Selection]:
         left_N, kept = state
-        best = jnp.argmax(left_N)
-        score = left_N[best]
+        score = left_N.max()
+        best = jnp.where(left_N == score, places_N, len(scores) - 1).min()  # an argmax of two vectorised passes
         valid = score > score_threshold
-        iou_N = jnp.where(classes == classes[best], box_ops.iou(boxes, boxes[best]), 0)
+        iou_N = jnp.where(classes == classes[best], box_ops.iou(columns_4N.T, boxes[best]), 0)
         if kind == 'hard':
             left_N = jnp.where(iou_N > iou_threshold, -jnp.inf, left_N)
         else:

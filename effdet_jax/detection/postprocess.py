@@ -38,18 +38,17 @@ def postprocess(
     num_anchors, num_classes = class_logits.shape
     anchors = jnp.asarray(anchors)
     if per_class:
-        logits_C, indices_C = jax.lax.top_k(class_logits.reshape(-1), min(max_candidates, num_anchors * num_classes))
-        anchor_C, label_C = indices_C // num_classes, indices_C % num_classes
+        logits_C, anchor_C, label_C = best_pairs(class_logits, min(max_candidates, num_anchors * num_classes))
         rivals_C = label_C
     else:
         logits_C, anchor_C = jax.lax.top_k(class_logits.max(axis=-1), min(max_candidates, num_anchors))
         label_C = class_logits[anchor_C].argmax(axis=-1)
         rivals_C = jnp.zeros_like(label_C)
     boxes_C4 = box_ops.decode(box_regressions[anchor_C], anchors[anchor_C])
-    # Out before suppression: what lies in the padding, and what is too large for float32 to have an IoU.
+    # Out before suppression: what lies in the padding, and what is too large for float32 to have an IoU or is no number.
     height, width = valid_size.astype(jnp.float32)
     cut_C4 = box_ops.clip(boxes_C4, height, width)
-    sound_C = (box_ops.areas(cut_C4) > 0) & jnp.isfinite(box_ops.areas(boxes_C4))
+    sound_C = (box_ops.areas(cut_C4) > 0) & jnp.isfinite(box_ops.areas(boxes_C4)) & ~jnp.isnan(logits_C)
     scores_C = jnp.where(sound_C, jax.nn.sigmoid(logits_C), -jnp.inf)
 
     kept = suppression.nms(jnp.where(sound_C[:, None], boxes_C4, 0), scores_C, rivals_C, **nms_options)
@@ -59,3 +58,18 @@ def postprocess(
         kept.scores,
         jnp.where(used_K, label_C[kept.indices], -1).astype(jnp.int32),
     )
+
+
+def best_pairs(
+    class_logits: Float[Array, 'N K'], count: int
+) -> tuple[Float[Array, 'C'], Int[Array, 'C'], Int[Array, 'C']]:
+    """(logits, anchors, classes) of the `count` best pairs of anchor and class, best first, the first of equals first.
+
+    Of so many pairs at most so many anchors are part, and these are the ones with the largest maxima. To look for them
+    first leaves few pairs to look through, and finds the same.
+    """
+    num_anchors, num_classes = class_logits.shape
+    # In their old order, so that equals stay in theirs.
+    anchor_A = jnp.sort(jax.lax.top_k(class_logits.max(axis=-1), min(count, num_anchors))[1])
+    logits_C, indices_C = jax.lax.top_k(class_logits[anchor_A].reshape(-1), count)
+    return logits_C, anchor_A[indices_C // num_classes], indices_C % num_classes

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from nms_oracle import random_boxes, slow_nms
 
-from effdet_jax.detection.postprocess import postprocess
+from effdet_jax.detection.postprocess import best_pairs, postprocess
 from effdet_jax.detection.preprocess import normalize
 
 ANCHORS, CLASSES = 30, 4
@@ -128,3 +128,17 @@ def test_normalize_is_the_mean_colour_outside_the_picture():
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
     assert (ours[0, :, 4:] == 0).all() and (ours[1, 2:] == 0).all()
+
+
+@pytest.mark.parametrize('count', [1, 7, 60, ANCHORS * CLASSES])
+def test_the_best_pairs_are_those_of_a_search_through_all(count):
+    """Logits of a few values, so that most tie: equals stay in their order."""
+    logits = np.random.default_rng(count).integers(0, 4, (ANCHORS, CLASSES)).astype(np.float32)
+    found = jax.jit(best_pairs, static_argnums=1)(logits, count)
+    order = np.argsort(-logits.reshape(-1), kind='stable')[:count]
+    np.testing.assert_array_equal(found, (logits.reshape(-1)[order], *np.divmod(order, CLASSES)))
+
+
+def test_a_logit_that_is_no_number_takes_nothing_along():
+    found = by_hand([[np.nan], [3.0], [2.0]], [[0, 0, 5, 5], [0, 0, 9, 9], [10, 0, 19, 9]], kind='gaussian')
+    np.testing.assert_array_equal(found.labels, [0, 0, -1, -1])
