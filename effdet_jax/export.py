@@ -16,7 +16,8 @@ WORKDIR = flags.DEFINE_string('workdir', '', 'the training run whose best checkp
 OUT = flags.DEFINE_string('out', '', 'what to write: a file, of savedmodel a folder')
 FORMAT = flags.DEFINE_enum(
     'format', 'stablehlo', ['stablehlo', 'savedmodel', 'onnx'],
-    'stablehlo: runs with jax and flatbuffers alone, on CPU, NVIDIA GPU and TPU; savedmodel: TensorFlow; onnx: onnxruntime',
+    'stablehlo: runs with jax and flatbuffers alone, on CPU, NVIDIA GPU and TPU; savedmodel: with TensorFlow; onnx: '
+    'with onnxruntime',
 )  # fmt: skip
 OUTPUTS = flags.DEFINE_enum(
     'outputs', None, ['boxes', 'raw'],
