@@ -45,7 +45,7 @@ def postprocess(
         label_C = class_logits[anchor_C].argmax(axis=-1)
         rivals_C = jnp.zeros_like(label_C)
     boxes_C4 = box_ops.decode(box_regressions[anchor_C], anchors[anchor_C])
-    # Out before suppression: what lies in the padding, and what is too large for float32 to have an IoU or is no number.
+    # Out before suppression: what lies in the padding, is too large for float32 to have an IoU, or is no number.
     height, width = valid_size.astype(jnp.float32)
     cut_C4 = box_ops.clip(boxes_C4, height, width)
     sound_C = (box_ops.areas(cut_C4) > 0) & jnp.isfinite(box_ops.areas(boxes_C4)) & ~jnp.isnan(logits_C)

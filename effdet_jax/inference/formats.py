@@ -1,6 +1,6 @@
 """A program of arrays -> a file that runs without this package, and back: one `write` and one `load` per format.
 
-    stablehlo    a zip of model.stablehlo (jax.export, for cpu, cuda and tpu at once) and metadata.json: jax, flatbuffers
+    stablehlo    a zip of model.stablehlo (jax.export, for cpu, cuda and tpu at once), metadata.json: jax, flatbuffers
     savedmodel   the same program as a TensorFlow SavedModel; metadata.json lies in its assets.extra
     onnx         converted by jax2onnx; the metadata are the model's property `metadata`
 
