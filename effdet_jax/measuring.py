@@ -4,7 +4,6 @@ Two systems are compared by blocks in turns: whatever else the machine does befa
 ratio of neighbours is steadier than that of two medians.
 """
 
-import ctypes
 import gc
 import math
 import statistics
@@ -15,6 +14,8 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from effdet_jax import startup
 
 _NORMAL_MAD = 1.4826  # standard deviation / median absolute deviation of a normal distribution
 _NORMAL_MEDIAN = math.sqrt(math.pi / 2)  # standard error of its median / that of its mean
@@ -91,7 +92,7 @@ def in_turns(names: Sequence[str], rounds: int) -> list[list[str]]:
 def settle() -> None:
     """Gives freed memory back to the system and sets the peak of `peak_bytes` to what is resident then. Linux."""
     gc.collect()
-    ctypes.CDLL('libc.so.6').malloc_trim(0)
+    startup.give_back_memory()
     Path('/proc/self/clear_refs').write_text(_RESET_PEAK)
 
 

@@ -43,6 +43,16 @@ def keep_memory() -> None:
         mallopt(parameter, value)
 
 
+def give_back_memory() -> None:
+    """Returns what is free, once. To be called when a loop has come round for the first time.
+
+    Compiling leaves gigabytes; and the results of the first step lie behind its scratch memory, in which that of the
+    second, by a few bytes too large, finds no place. All further steps find the place of the second.
+    """
+    if platform.libc_ver()[0] == 'glibc':
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_programs(environment: MutableMapping[str, str]) -> None:
     """Lets jax keep what it compiles in a folder of the user's, unless the environment names another one."""
     if FOLDER in environment:

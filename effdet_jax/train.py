@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from effdet_jax import config as run_config
-from effdet_jax import data, evaluate, inspection
+from effdet_jax import data, evaluate, inspection, startup
 from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import build_model
@@ -59,9 +59,10 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
             pending.append((step, step_metrics, batch['index']))
             counts['boxes_left_out'] += int(batch['dropped'].sum())  # of images with more than config.dataset.max_boxes
             counts['images_replaced'] += run.unreadable.count(batch['unreadable'])
-            jax.block_until_ready(pending[-2:][0][1])  # the host runs one step ahead of the device, and no further
+            jax.block_until_ready(pending[-1 - parallel.steps_ahead() :][0][1])
             if step == run.first_step + 1:
                 say(f'compiled in {waiting.elapsed():.0f} s')
+                startup.give_back_memory()
                 waiting.reset()
             else:
                 waiting.count(run.batch_size)

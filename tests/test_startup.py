@@ -73,9 +73,14 @@ def test_torch_is_not_loaded():
 
 
 def page_faults_of_a_second_block(first: str) -> int:
+    return of_two_blocks(first, 'resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before')
+
+
+def of_two_blocks(first: str, answer: str) -> int:
+    """What `answer` says in a process that took and freed 64 MiB twice, after it did `first`."""
     code = f"""
 import ctypes, resource
-from effdet_jax import startup
+from effdet_jax import measuring, startup
 {first}
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.memset.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
@@ -85,7 +90,7 @@ for _ in range(2):
     block = libc.malloc(64 << 20)
     libc.memset(block, 1, 64 << 20)
     libc.free(block)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print({answer})
 """
     return int(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
 
@@ -93,3 +98,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is glibc')
 def test_freed_memory_is_kept_and_not_cleared_again_by_the_system():
     assert page_faults_of_a_second_block('') > 10 * page_faults_of_a_second_block('startup.keep_memory()') + 20
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or platform.libc_ver()[0] != 'glibc', reason='malloc_trim is glibc')
+def test_kept_memory_is_given_back_when_asked_for():
+    kept, given_back = (
+        of_two_blocks('startup.keep_memory()', answer)
+        for answer in ('measuring.resident_bytes()', 'startup.give_back_memory() or measuring.resident_bytes()')
+    )
+    assert kept - given_back > 50 << 20

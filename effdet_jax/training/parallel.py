@@ -120,6 +120,11 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def steps_ahead() -> int:
+    """How many steps the host may be ahead of the devices: none on a CPU, where each has scratch memory of its own."""
+    return 0 if jax.default_backend() == 'cpu' else 1
+
+
 def describe_devices() -> str:
     """'4 x NVIDIA H200 on 1 host'."""
     hosts = jax.process_count()
