@@ -110,8 +110,9 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
             optimizer=dict(
                 name='sgd',  # sgd, adam, adamw
                 momentum=0.9,  # sgd: momentum; adam, adamw: first moment
-                weight_decay=0.0,  # adamw's decoupled decay, on kernels
-                clip_norm=10.0,  # of each gradient, then of all together; 0: no clipping
+                weight_decay=0.0,  # on kernels; sgd: added to the clipped gradient, adamw: decoupled, adam: none
+                clip_norm=10.0,  # of all gradients together; 0: no clipping
+                clip_each=True,  # each gradient by its own norm first
             ),
             schedule=dict(
                 learning_rate=0.08,  # at batch 64; scaled in proportion where scale_with_batch
@@ -120,6 +121,7 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 warmup_epochs=1.0,
                 decay='cosine',  # cosine, step, constant
                 step_epochs=(200.0, 250.0),  # step: a tenth of the rate from each on
+                final_rate=0.0,  # cosine: where it ends; never scaled
             ),
             eval=dict(
                 batch_size=32,

@@ -132,6 +132,18 @@ def test_a_run_from_before_feature_networks_had_options_is_read(tmp_path):
     assert run_config.to_json(run_config.load(tmp_path)) == run_config.to_json(expected)
 
 
+def test_a_run_from_before_a_key_existed_goes_on_with_its_default(tmp_path):
+    run_config.save(tiny.config(), tmp_path)
+    saved = json.loads((tmp_path / 'config.json').read_text())
+    del saved['optimizer']['clip_each'], saved['schedule']['final_rate']
+    (tmp_path / 'config.json').write_text(json.dumps(saved))
+    run_config.refuse_another(tiny.config(), tmp_path)
+    c = tiny.config()
+    c.optimizer.clip_each = False
+    with pytest.raises(UserError, match=r'optimizer\.clip_each: True there, False now'):
+        run_config.refuse_another(c, tmp_path)
+
+
 def test_a_folder_without_a_run_and_a_damaged_config_are_named(tmp_path):
     with pytest.raises(UserError, match=r'config\.json does not exist: give the --workdir of a training run'):
         run_config.load(tmp_path)

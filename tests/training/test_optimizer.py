@@ -101,6 +101,12 @@ def test_the_rate_is_zero_at_the_end_of_a_cosine_and_stays_there():
     np.testing.assert_allclose(rates([100, 150, 200]), 0, atol=1e-8)
 
 
+def test_a_cosine_ends_at_the_final_rate_which_is_not_scaled_with_the_batch():
+    t = np.arange(10, 151)
+    expected = 0.003 + 0.5 * (0.16 - 0.003) * (1 + np.cos(np.pi * np.minimum(t, 100) / 100))
+    np.testing.assert_allclose(rates(t, batch_size=128, final_rate=0.003), expected, rtol=1e-5)
+
+
 def test_steps_divide_the_rate_by_ten_from_their_epoch_on():
     t = [10, 19, 20, 49, 50, 100]
     expected = [0.08, 0.08, 0.008, 0.008, 0.0008, 0.0008]
@@ -137,6 +143,21 @@ def test_sgd_by_hand():
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
         params = jax.tree.map(lambda w, v: w - RATE * v, params, velocity)
         assert_close(computed, params)
+
+
+def test_the_decay_of_sgd_is_added_to_the_clipped_gradient_of_kernels():
+    c = recipe(**{'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.2, 'optimizer.clip_norm': 1.0})
+    velocity, params = jax.tree.map(np.zeros_like, PARAMS), jax.tree.map(np.asarray, PARAMS)
+    for gradient, (computed, _) in zip(GRADIENTS, descend_with(c)[1:], strict=True):
+        decay = jax.tree.map(lambda w, kernel: 0.2 * w * kernel, params, op.is_kernel(params))
+        velocity = jax.tree.map(lambda v, g, d: 0.9 * v + g + d, velocity, clipped(gradient, 1.0), decay)
+        params = jax.tree.map(lambda w, v: w - RATE * v, params, velocity)
+        assert_close(computed, params)
+
+
+def test_sgd_without_decay_has_the_state_of_old_checkpoints():
+    state = op.OPTIMIZERS['sgd'](0.9, 0.0).init(PARAMS)
+    assert jax.tree.structure(state) == jax.tree.structure(optax.trace(0.9).init(PARAMS))
 
 
 @pytest.mark.parametrize('name', ['adam', 'adamw'])
@@ -177,6 +198,16 @@ def test_clipping_has_two_stages(scales):
     assert_close(descend_with(c, gradients=[gradient])[-1][0], expected)
 
 
+def test_without_the_first_stage_clipping_is_that_of_optax():
+    c = recipe(**{'optimizer.clip_norm': 3.0, 'optimizer.clip_each': False})
+    theirs = optax.chain(optax.clip_by_global_norm(3.0), optax.sgd(RATE))
+    gradients = [jax.tree.map(lambda g: 100 * g, GRADIENTS[0]), jax.tree.map(lambda g: 0.01 * g, GRADIENTS[1])]
+    for (ours, _), (expected, _) in zip(
+        descend_with(c, gradients=gradients), descend(theirs, gradients=gradients), strict=True
+    ):
+        assert_close(ours, expected)
+
+
 def test_l2_counts_in_the_norm_that_is_clipped():
     c = recipe(**{'optimizer.clip_norm': 3.0, 'loss.l2': 5.0})
     with_l2 = jax.tree.map(lambda g, w, kernel: g + 5.0 * w * kernel, GRADIENTS[0], PARAMS, op.is_kernel(PARAMS))
@@ -193,6 +224,7 @@ def test_no_gradient_at_all_is_no_division_by_zero():
 
 OPTIMIZERS = {
     'sgd': {'optimizer.momentum': 0.9},
+    'sgd with decay': {'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.05},
     'adamw': {'optimizer.name': 'adamw', 'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.05},
 }
 
