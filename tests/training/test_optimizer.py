@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effdet_jax.configs import default
+from effdet_jax.configs.recipes import RECIPES
 from effdet_jax.errors import UserError
 from effdet_jax.training import optimizer as op
 
@@ -303,3 +304,51 @@ def test_the_step_at_which_everything_is_trained(freeze, epoch, step):
 )
 def test_a_pattern_matches_from_the_start_of_a_path(pattern, matches):
     assert op.path_matches(pattern, ('backbone', 'stem', 'conv', 'kernel')) is matches
+
+
+# Recipes: what reaches the optimiser.
+
+EPOCHS, PER_EPOCH = 300, 4
+
+
+def by_recipe(name, total_steps=EPOCHS * PER_EPOCH):
+    """(optimiser, schedule) of D0 by the recipe, at its own batch size."""
+    return op.make_optimizer(default.get_config('d0', name), PER_EPOCH, total_steps)
+
+
+def test_the_schedule_of_effdet_in_closed_form():
+    t = np.arange(EPOCHS * PER_EPOCH + 1)
+    rate, warmup_steps = 0.09 * 32 / 64, 5 * PER_EPOCH
+    warm = 1e-4 + t / warmup_steps * (rate - 1e-4)
+    cosine = 1e-5 + 0.5 * (rate - 1e-5) * (1 + np.cos(np.pi * t / t[-1]))
+    np.testing.assert_allclose(by_recipe('effdet')[1](t), np.where(t < warmup_steps, warm, cosine), rtol=1e-4)
+
+
+def test_effdet_clips_all_gradients_together_and_decays_after_that():
+    c = default.get_config('d0', 'effdet')
+    c.schedule.warmup_start = 2.0  # a first step of 1 at its batch of 32, in which the decay shows
+    huge = jax.tree.map(lambda g: 100 * g, GRADIENTS[0])
+    norm = math.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(huge)))
+    expected = jax.tree.map(lambda w, g, k: w - 10 / norm * g - 4e-5 * w * k, PARAMS, huge, op.is_kernel(PARAMS))
+    assert_close(descend_with(c, gradients=[huge])[-1][0], expected)
+
+
+def test_the_report_has_a_constant_rate_from_the_first_step_on():
+    t = np.arange(0, 2000, 7)
+    np.testing.assert_array_equal(np.broadcast_to(by_recipe('report')[1](t), t.shape), np.float32(1e-3))
+
+
+def test_the_report_is_adam_on_all_but_a_backbone_that_thaws_after_50_epochs():
+    gradients = GRADIENTS * 26  # 52 epochs
+    ours = descend(by_recipe('report')[0], gradients=gradients)
+    alone = [{'class_net': tree['class_net']} for tree in (PARAMS, *gradients)]
+    apart = descend(optax.chain(optax.clip_by_global_norm(10.0), optax.adam(1e-3)), alone[0], alone[1:])
+    assert_close(ours[-1][0]['class_net'], apart[-1][0]['class_net'])
+    assert_same(ours[50 * PER_EPOCH][0]['backbone'], PARAMS['backbone'])
+    assert np.all(ours[50 * PER_EPOCH + 1][0]['backbone']['conv']['bias'] != PARAMS['backbone']['conv']['bias'])
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_every_recipe_makes_an_optimiser(name):
+    (_, (params, _)) = descend(by_recipe(name)[0], gradients=GRADIENTS[:1])
+    assert np.all(params['class_net']['conv']['bias'] != PARAMS['class_net']['conv']['bias'])
