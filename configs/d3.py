@@ -3,5 +3,5 @@
 from effdet_jax.configs import default
 
 
-def get_config(dataset: str = 'shapes') -> default.ConfigDict:
-    return default.get_config('d3', dataset)
+def get_config(presets: str = 'shapes') -> default.ConfigDict:
+    return default.get_config('d3', presets)

@@ -3,7 +3,5 @@
 from effdet_jax.configs import default
 
 
-def get_config(dataset: str = 'shapes') -> default.ConfigDict:
-    config = default.get_config('d7', dataset)
-    config.train.epochs = 600.0
-    return config
+def get_config(presets: str = 'shapes') -> default.ConfigDict:
+    return default.get_config('d7', presets)

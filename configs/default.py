@@ -1,18 +1,20 @@
 """Every key there is, with the value that is used where nothing says otherwise.
 
-`get_config('d3', 'voc2007')` is D3 with the data preset `voc2007`. A config imports no jax: it is data.
+`get_config('d3', 'voc2007,report')` is D3 on the data set `voc2007` by the recipe `report`. A config imports no jax: it
+is data.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from effdet_jax.configs.recipes import RECIPES
 from effdet_jax.configs.scaling import SCALES
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 255 * (0.485, 0.456, 0.406)
 IMAGENET_STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
 
-# `:preset` behind a config's file name. `source` and the splits are explained in README.md, "Your own data".
+# Words behind a config's file name, `:voc2007`. `source` and the splits are explained in README.md, "Your own data".
 DATASETS = {
     'shapes': dict(source='shapes', train_split='0:20000', eval_split='1000000:1000300'),
     'voc2007': dict(source='tfds:voc/2007', train_split='train+validation', eval_split='test'),
@@ -20,13 +22,35 @@ DATASETS = {
         source='tfds:voc/2007 + tfds:voc/2012', train_split='train+validation', eval_split='tfds:voc/2007@test'
     ),
     'coco2017': dict(source='tfds:coco/2017', train_split='train', eval_split='validation'),
+    'own': dict(source='', train_split='trainval', eval_split='test'),  # `source` is for the user to say
 }
 
 
-def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whose keys no type checker knows
-    """The official training of the family's member `name`, with the data preset `dataset`."""
-    if dataset not in DATASETS:
-        raise ValueError(f'data preset {dataset!r} is unknown: choose one of {", ".join(DATASETS)}')
+def get_config(name: str, presets: str = 'shapes') -> Any:  # a ConfigDict, whose keys no type checker knows
+    """The family's member `name`, with `presets`, words with commas between them: data sets and recipes.
+
+    Of several words of a kind the last one counts. Without any: the data set `shapes`, the recipe `official`.
+
+    Raises:
+      ValueError: for a name or a word that is unknown.
+    """
+    if name not in SCALES:
+        raise ValueError(f'{name!r} is no member of the family: choose one of {", ".join(SCALES)}')
+    dataset, recipe = 'shapes', 'official'
+    for word in presets.split(','):
+        if word in DATASETS:
+            dataset = word
+        elif word in RECIPES:
+            recipe = word
+        else:
+            known = f'a data set ({", ".join(DATASETS)}) or a recipe ({", ".join(RECIPES)})'
+            raise ValueError(f'preset {word!r} is unknown: choose {known}')
+    config = _official(name, dataset)
+    config.update_from_flattened_dict(RECIPES[recipe])
+    return config
+
+
+def _official(name: str, dataset: str) -> Any:
     scale = SCALES[name]
     lite = scale.backbone.startswith('lite')
     return ConfigDict(
@@ -98,7 +122,7 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 match_threshold=0.5,  # IoU from which an anchor is positive
             ),
             train=dict(
-                epochs=300.0,
+                epochs=scale.epochs,
                 batch_size=64,  # over all devices
                 accumulate=1,  # split each batch into so many parts, one after the other
                 ema_decay=0.9998,  # reached by (1 + t) / (10 + t); 0: no average
@@ -110,8 +134,9 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
             optimizer=dict(
                 name='sgd',  # sgd, adam, adamw
                 momentum=0.9,  # sgd: momentum; adam, adamw: first moment
-                weight_decay=0.0,  # adamw's decoupled decay, on kernels
-                clip_norm=10.0,  # of each gradient, then of all together; 0: no clipping
+                weight_decay=0.0,  # on kernels; sgd: added to the clipped gradient, adamw: decoupled, adam: none
+                clip_norm=10.0,  # of all gradients together; 0: no clipping
+                clip_each=True,  # each gradient by its own norm first
             ),
             schedule=dict(
                 learning_rate=0.08,  # at batch 64; scaled in proportion where scale_with_batch
@@ -120,6 +145,7 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 warmup_epochs=1.0,
                 decay='cosine',  # cosine, step, constant
                 step_epochs=(200.0, 250.0),  # step: a tenth of the rate from each on
+                final_rate=0.0,  # cosine: where it ends; never scaled
             ),
             eval=dict(
                 batch_size=32,

@@ -3,14 +3,12 @@
 from effdet_jax.configs import default
 
 
-def get_config(dataset: str = 'shapes') -> default.ConfigDict:
-    config = default.get_config('nano', dataset)
+def get_config(presets: str = 'shapes') -> default.ConfigDict:
+    config = default.get_config('nano', f'short,{presets}')
     config.dataset.update(train_split='0:25600', eval_split='1000000:1000300')
     config.augment.scale = (0.8, 1.25)
-    config.train.update(epochs=1.0, batch_size=8, ema_decay=0.998)
-    config.optimizer.update(name='adamw', weight_decay=1e-4)
-    config.schedule.update(learning_rate=3e-3, warmup_start=1e-4, scale_with_batch=False, warmup_epochs=0.1)
-    config.loss.l2 = 0.0
+    config.train.update(epochs=1.0, batch_size=8)
+    config.schedule.update(learning_rate=3e-3, warmup_epochs=0.1)
     config.eval.every_epochs = 0.25
     config.checkpoint.every_epochs = 0.125
     return config

@@ -18,6 +18,7 @@ class Scale(NamedTuple):
     fusion: str = 'fast'
     max_level: int = 7
     stochastic_depth: float = 0.2
+    epochs: float = 300.0  # of the official training
 
 
 SCALES = {
@@ -28,8 +29,8 @@ SCALES = {
     'd4': Scale(1024, 'b4', 224, 7, 4),
     'd5': Scale(1280, 'b5', 288, 7, 4),
     'd6': Scale(1280, 'b6', 384, 8, 5, fusion='sum'),
-    'd7': Scale(1536, 'b6', 384, 8, 5, anchor_scale=5.0, fusion='sum'),
-    'd7x': Scale(1536, 'b7', 384, 8, 5, fusion='sum', max_level=8),
+    'd7': Scale(1536, 'b6', 384, 8, 5, anchor_scale=5.0, fusion='sum', epochs=600.0),
+    'd7x': Scale(1536, 'b7', 384, 8, 5, fusion='sum', max_level=8, epochs=600.0),
     'lite0': Scale(320, 'lite0', 64, 3, 3, anchor_scale=3.0, fusion='sum'),
     'lite1': Scale(384, 'lite1', 88, 4, 3, anchor_scale=3.0, fusion='sum'),
     'lite2': Scale(448, 'lite2', 112, 5, 3, anchor_scale=3.0, fusion='sum'),

@@ -29,7 +29,11 @@ def start(command, *arguments, **environment):
         (('--config=configs/d0.py', '--config.trian.epochs=3', '--workdir=W'), 'trian'),
         (('--config=configs/d0.py', '--config.train.epoch=3', '--workdir=W'), 'epoch'),
         (('--config=configs/d0.py', '--config.train.epochs=many', '--workdir=W'), 'many'),
-        (('--config=configs/d0.py:voc2008', '--workdir=W'), "'voc2008' is unknown: choose one of shapes, voc2007"),
+        (('--config=configs/d0.py:voc2008', '--workdir=W'), "'voc2008' is unknown: choose a data set (shapes, voc2007"),
+        (
+            ('--config=configs/own_data.py:report', '--workdir=W'),
+            "'report' is no member of the family: choose one of d0",
+        ),
         (('--config=configs/d0.py', '--workdir=W', '--wrokdir=W'), 'wrokdir'),
         (('--config=configs/d0.py', '--workdir=W', '--mode=tain'), 'tain'),
         (('--config=configs/d0.py', '--workdir=W', 'resume'), 'resume'),

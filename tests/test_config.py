@@ -8,11 +8,12 @@ import pytest
 import tiny
 
 from effdet_jax import config as run_config
-from effdet_jax.configs import default, scaling
+from effdet_jax.configs import bccd, default, own_data, scaling
+from effdet_jax.configs.recipes import RECIPES
 from effdet_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-NO_RUNS = ('__init__', 'default', 'scaling', 'presets', 'coco', 'saved')
+NO_RUNS = ('__init__', 'default', 'recipes', 'scaling', 'presets', 'coco', 'saved')
 FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in NO_RUNS)
 
 FAMILY = {  # spec 1: size, backbone, channels, cells, head layers, anchor scale, fusion, last level, stochastic depth
@@ -78,9 +79,47 @@ def test_presets_choose_the_data(name, preset):
     assert {key: dataset[key] for key in ('source', 'train_split', 'eval_split')} == default.DATASETS[preset]
 
 
-def test_an_unknown_preset_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="'voc2008' is unknown: choose one of shapes, voc2007, voc0712, coco2017"):
-        get_config('d3', 'voc2008')
+@pytest.mark.parametrize('recipe', RECIPES)
+@pytest.mark.parametrize('name', FAMILY)
+def test_a_recipe_changes_its_keys_and_no_other(name, recipe):
+    before, after = (dict(run_config.flatten(get_config(name, words).to_dict())) for words in ('shapes', recipe))
+    assert after == before | RECIPES[recipe]
+
+
+@pytest.mark.parametrize(
+    ('words', 'same'),
+    [
+        ('report,voc2007', 'voc2007,report'),
+        ('coco2017,report,voc2007', 'voc2007,report'),
+        ('short,report', 'report'),  # alone: nothing of the first is left
+        ('short,official', 'shapes'),
+    ],
+)
+def test_words_combine_and_of_a_kind_the_last_one_counts(words, same):
+    assert run_config.to_json(get_config('d3', words)) == run_config.to_json(get_config('d3', same))
+
+
+@pytest.mark.parametrize('words', ['voc2008', 'voc2008,report', 'report,voc2008'])
+def test_an_unknown_word_is_named_with_the_known_ones(words):
+    known = r'a data set \(shapes, voc2007, .*\) or a recipe \(official, effdet, report, short\)'
+    with pytest.raises(ValueError, match=f"'voc2008' is unknown: choose {known}"):
+        get_config('d3', words)
+
+
+def test_own_data_are_trained_on_by_the_short_recipe_unless_another_is_named():
+    for words, (name, presets) in {
+        'lite0': ('lite0', 'own,short'),
+        'd1,official': ('d1', 'own'),
+        'd1,report': ('d1', 'own,report'),
+    }.items():
+        assert run_config.to_json(own_data.get_config(words)) == run_config.to_json(get_config(name, presets))
+    with pytest.raises(ValueError, match="'report' is no member of the family: choose one of d0, d1, "):
+        own_data.get_config('report')
+
+
+def test_the_cells_need_their_folder_size_and_anchors_beside_a_recipe():
+    different = {key: ours for key, _, ours in run_config.differences(own_data.get_config(), bccd.get_config())}
+    assert different == {'dataset.source': 'voc:data/bccd', 'image.size': [256, 256], 'model.anchors.scale': 2.0}
 
 
 def test_a_config_imports_no_jax():
@@ -130,6 +169,18 @@ def test_a_run_from_before_feature_networks_had_options_is_read(tmp_path):
     expected = tiny.config()
     expected.model.feature_network.fusion = 'softmax'
     assert run_config.to_json(run_config.load(tmp_path)) == run_config.to_json(expected)
+
+
+def test_a_run_from_before_a_key_existed_goes_on_with_its_default(tmp_path):
+    run_config.save(tiny.config(), tmp_path)
+    saved = json.loads((tmp_path / 'config.json').read_text())
+    del saved['optimizer']['clip_each'], saved['schedule']['final_rate']
+    (tmp_path / 'config.json').write_text(json.dumps(saved))
+    run_config.refuse_another(tiny.config(), tmp_path)
+    c = tiny.config()
+    c.optimizer.clip_each = False
+    with pytest.raises(UserError, match=r'optimizer\.clip_each: True there, False now'):
+        run_config.refuse_another(c, tmp_path)
 
 
 def test_a_folder_without_a_run_and_a_damaged_config_are_named(tmp_path):

@@ -78,6 +78,8 @@ def open_source(
     something is missing or malformed, with `faulty` only where nothing can be read at all.
     """
     spec, split = resolve_split(spec, split)
+    if not spec:
+        raise UserError(f'no data are named: set config.dataset.source to {_GRAMMAR}')
     parts = [_open_part(part.strip(), split, tuple(class_names)) for part in spec.split(' + ')]
     for part, text in zip(parts, spec.split(' + '), strict=True):
         if part.class_names != parts[0].class_names:

@@ -50,7 +50,7 @@ def make_optimizer(
         optax.partition(
             {'always': optax.identity(), 'late': optax.transforms.conditionally_mask(optax.identity(), thawed)}, labels
         ),
-        clip_each(c.clip_norm),
+        clip_each(c.clip_norm if c.clip_each else 0.0),
         optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
         optax.partition({'always': core, 'late': optax.transforms.conditionally_mask(core, thawed)}, labels),
         optax.scale_by_learning_rate(schedule),
@@ -81,7 +81,12 @@ def is_kernel(params: Any) -> Any:
 
 # name -> (momentum, weight decay) -> update direction, before the learning rate
 OPTIMIZERS: dict[str, Callable[[float, float], optax.GradientTransformation]] = {
-    'sgd': lambda momentum, _: optax.trace(momentum),
+    'sgd': lambda momentum, decay: (
+        # Without a decay nothing in front: the tree of the state is part of every checkpoint.
+        optax.chain(optax.add_decayed_weights(decay, mask=is_kernel), optax.trace(momentum))
+        if decay
+        else optax.trace(momentum)
+    ),
     'adam': lambda momentum, _: optax.scale_by_adam(b1=momentum),
     'adamw': lambda momentum, decay: optax.chain(
         optax.scale_by_adam(b1=momentum), optax.add_decayed_weights(decay, mask=is_kernel)
@@ -99,28 +104,34 @@ def clip_each(norm: float) -> optax.GradientTransformation:
 
 
 def make_schedule(c: Any, batch_size: int, steps_per_epoch: int, total_steps: int) -> Callable[[Any], jax.Array]:
-    """Linear warm-up, then the decay that `c.decay` names. Both rates are scaled with the batch size where asked for.
+    """Linear warm-up, then the decay that `c.decay` names. Start and rate are scaled with the batch where asked for.
 
-    The cosine counts from step 0, not from the end of the warm-up, as the reference does.
+    The cosine counts from step 0, not from the end of the warm-up, as the reference does, and ends at `c.final_rate`.
 
     Raises:
       UserError: for an unknown decay.
     """
+    factor = batch_size / REFERENCE_BATCH if c.scale_with_batch else 1.0
+    rate, start, final = c.learning_rate * factor, c.warmup_start * factor, c.final_rate
     drop_steps = [epoch * steps_per_epoch for epoch in c.step_epochs]
     decays = {
-        'cosine': lambda t: 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(t / total_steps, 1.0))),
-        'step': lambda t: 0.1 ** sum(jnp.float32(t >= drop) for drop in drop_steps),
-        'constant': lambda t: 1.0,
+        'cosine': lambda t: final + (rate - final) * _half_cosine(t / total_steps),
+        'step': lambda t: rate * 0.1 ** sum(jnp.float32(t >= drop) for drop in drop_steps),
+        'constant': lambda t: rate,
     }
     if c.decay not in decays:
         raise UserError(f'config.schedule.decay={c.decay!r} is unknown: choose one of {", ".join(decays)}')
-    factor = batch_size / REFERENCE_BATCH if c.scale_with_batch else 1.0
-    rate, start, decay = c.learning_rate * factor, c.warmup_start * factor, decays[c.decay]
+    decay = decays[c.decay]
     warmup_steps = max(int(c.warmup_epochs * steps_per_epoch), 1)
 
     def schedule(step: Any) -> jax.Array:
         t = jnp.asarray(step, jnp.float32)
         warm = start + t / warmup_steps * (rate - start)
-        return jnp.where(t < warmup_steps, warm, rate * decay(t))
+        return jnp.where(t < warmup_steps, warm, decay(t))
 
     return schedule
+
+
+def _half_cosine(progress: jax.Array) -> jax.Array:
+    """From 1 at 0 to 0 at 1 and beyond."""
+    return 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(progress, 1.0)))

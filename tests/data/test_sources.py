@@ -55,6 +55,7 @@ def test_concatenated_parts_must_have_the_same_classes(tmp_path):
     ('spec', 'split', 'message'),
     [
         ('shape', '', "'shape' is no data source: write shapes, tfds:NAME"),
+        ('', 'trainval', r'no data are named: set config\.dataset\.source to shapes, tfds:NAME'),
         ('shapes', '', 'write START:STOP'),
         ('shapes', '5:5', 'write START:STOP'),
         ('shapes:big', '0:5', 'shapes:big'),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effdet_jax.configs import default
+from effdet_jax.configs.recipes import RECIPES
 from effdet_jax.errors import UserError
 from effdet_jax.training import optimizer as op
 
@@ -101,6 +102,12 @@ def test_the_rate_is_zero_at_the_end_of_a_cosine_and_stays_there():
     np.testing.assert_allclose(rates([100, 150, 200]), 0, atol=1e-8)
 
 
+def test_a_cosine_ends_at_the_final_rate_which_is_not_scaled_with_the_batch():
+    t = np.arange(10, 151)
+    expected = 0.003 + 0.5 * (0.16 - 0.003) * (1 + np.cos(np.pi * np.minimum(t, 100) / 100))
+    np.testing.assert_allclose(rates(t, batch_size=128, final_rate=0.003), expected, rtol=1e-5)
+
+
 def test_steps_divide_the_rate_by_ten_from_their_epoch_on():
     t = [10, 19, 20, 49, 50, 100]
     expected = [0.08, 0.08, 0.008, 0.008, 0.0008, 0.0008]
@@ -137,6 +144,21 @@ def test_sgd_by_hand():
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
         params = jax.tree.map(lambda w, v: w - RATE * v, params, velocity)
         assert_close(computed, params)
+
+
+def test_the_decay_of_sgd_is_added_to_the_clipped_gradient_of_kernels():
+    c = recipe(**{'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.2, 'optimizer.clip_norm': 1.0})
+    velocity, params = jax.tree.map(np.zeros_like, PARAMS), jax.tree.map(np.asarray, PARAMS)
+    for gradient, (computed, _) in zip(GRADIENTS, descend_with(c)[1:], strict=True):
+        decay = jax.tree.map(lambda w, kernel: 0.2 * w * kernel, params, op.is_kernel(params))
+        velocity = jax.tree.map(lambda v, g, d: 0.9 * v + g + d, velocity, clipped(gradient, 1.0), decay)
+        params = jax.tree.map(lambda w, v: w - RATE * v, params, velocity)
+        assert_close(computed, params)
+
+
+def test_sgd_without_decay_has_the_state_of_old_checkpoints():
+    state = op.OPTIMIZERS['sgd'](0.9, 0.0).init(PARAMS)
+    assert jax.tree.structure(state) == jax.tree.structure(optax.trace(0.9).init(PARAMS))
 
 
 @pytest.mark.parametrize('name', ['adam', 'adamw'])
@@ -177,6 +199,16 @@ def test_clipping_has_two_stages(scales):
     assert_close(descend_with(c, gradients=[gradient])[-1][0], expected)
 
 
+def test_without_the_first_stage_clipping_is_that_of_optax():
+    c = recipe(**{'optimizer.clip_norm': 3.0, 'optimizer.clip_each': False})
+    theirs = optax.chain(optax.clip_by_global_norm(3.0), optax.sgd(RATE))
+    gradients = [jax.tree.map(lambda g: 100 * g, GRADIENTS[0]), jax.tree.map(lambda g: 0.01 * g, GRADIENTS[1])]
+    for (ours, _), (expected, _) in zip(
+        descend_with(c, gradients=gradients), descend(theirs, gradients=gradients), strict=True
+    ):
+        assert_close(ours, expected)
+
+
 def test_l2_counts_in_the_norm_that_is_clipped():
     c = recipe(**{'optimizer.clip_norm': 3.0, 'loss.l2': 5.0})
     with_l2 = jax.tree.map(lambda g, w, kernel: g + 5.0 * w * kernel, GRADIENTS[0], PARAMS, op.is_kernel(PARAMS))
@@ -193,6 +225,7 @@ def test_no_gradient_at_all_is_no_division_by_zero():
 
 OPTIMIZERS = {
     'sgd': {'optimizer.momentum': 0.9},
+    'sgd with decay': {'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.05},
     'adamw': {'optimizer.name': 'adamw', 'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.05},
 }
 
@@ -271,3 +304,51 @@ def test_the_step_at_which_everything_is_trained(freeze, epoch, step):
 )
 def test_a_pattern_matches_from_the_start_of_a_path(pattern, matches):
     assert op.path_matches(pattern, ('backbone', 'stem', 'conv', 'kernel')) is matches
+
+
+# Recipes: what reaches the optimiser.
+
+EPOCHS, PER_EPOCH = 300, 4
+
+
+def by_recipe(name, total_steps=EPOCHS * PER_EPOCH):
+    """(optimiser, schedule) of D0 by the recipe, at its own batch size."""
+    return op.make_optimizer(default.get_config('d0', name), PER_EPOCH, total_steps)
+
+
+def test_the_schedule_of_effdet_in_closed_form():
+    t = np.arange(EPOCHS * PER_EPOCH + 1)
+    rate, warmup_steps = 0.09 * 32 / 64, 5 * PER_EPOCH
+    warm = 1e-4 + t / warmup_steps * (rate - 1e-4)
+    cosine = 1e-5 + 0.5 * (rate - 1e-5) * (1 + np.cos(np.pi * t / t[-1]))
+    np.testing.assert_allclose(by_recipe('effdet')[1](t), np.where(t < warmup_steps, warm, cosine), rtol=1e-4)
+
+
+def test_effdet_clips_all_gradients_together_and_decays_after_that():
+    c = default.get_config('d0', 'effdet')
+    c.schedule.warmup_start = 2.0  # a first step of 1 at its batch of 32, in which the decay shows
+    huge = jax.tree.map(lambda g: 100 * g, GRADIENTS[0])
+    norm = math.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(huge)))
+    expected = jax.tree.map(lambda w, g, k: w - 10 / norm * g - 4e-5 * w * k, PARAMS, huge, op.is_kernel(PARAMS))
+    assert_close(descend_with(c, gradients=[huge])[-1][0], expected)
+
+
+def test_the_report_has_a_constant_rate_from_the_first_step_on():
+    t = np.arange(0, 2000, 7)
+    np.testing.assert_array_equal(np.broadcast_to(by_recipe('report')[1](t), t.shape), np.float32(1e-3))
+
+
+def test_the_report_is_adam_on_all_but_a_backbone_that_thaws_after_50_epochs():
+    gradients = GRADIENTS * 26  # 52 epochs
+    ours = descend(by_recipe('report')[0], gradients=gradients)
+    alone = [{'class_net': tree['class_net']} for tree in (PARAMS, *gradients)]
+    apart = descend(optax.chain(optax.clip_by_global_norm(10.0), optax.adam(1e-3)), alone[0], alone[1:])
+    assert_close(ours[-1][0]['class_net'], apart[-1][0]['class_net'])
+    assert_same(ours[50 * PER_EPOCH][0]['backbone'], PARAMS['backbone'])
+    assert np.all(ours[50 * PER_EPOCH + 1][0]['backbone']['conv']['bias'] != PARAMS['backbone']['conv']['bias'])
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_every_recipe_makes_an_optimiser(name):
+    (_, (params, _)) = descend(by_recipe(name)[0], gradients=GRADIENTS[:1])
+    assert np.all(params['class_net']['conv']['bias'] != PARAMS['class_net']['conv']['bias'])
