@@ -1,7 +1,7 @@
 r"""The report's question about freezing, with a backbone that knows ImageNet: BCCD, Lite0, Adam.
 
     python -m experiments.report.pretrained runs/report_pretrained --config=configs/bccd.py:lite0,report \
-        --config.dataset.source=voc:path/to/bccd --config.train.init_from=runs/lite0_imagenet --config.train.epochs=16
+        --config.dataset.source=voc:path/to/bccd --config.train.init_from=runs/lite0_imagenet --config.train.epochs=10
 """
 
 import sys
@@ -10,8 +10,8 @@ from experiments import sweeps
 
 ROWS = [
     sweeps.Row('never_frozen', {'train.freeze': ''}),
-    sweeps.Row('frozen_half', {'train.freeze': 'backbone', 'train.unfreeze_epoch': 8.0}),
-    sweeps.Row('frozen', {'train.freeze': 'backbone', 'train.unfreeze_epoch': 1000.0}),
+    sweeps.Row('frozen_half', {'train.freeze': 'backbone', 'train.unfreeze_epoch': 5.0}),
+    sweeps.Row('frozen', {'train.freeze': 'backbone', 'train.unfreeze_epoch': 10.0}),
 ]
 
 if __name__ == '__main__':
