@@ -97,6 +97,10 @@ def get_config(name: str, dataset: str = 'shapes') -> Any:  # a ConfigDict, whos
                 l2=4e-5,  # on every kernel, part of the loss
                 match_threshold=0.5,  # IoU from which an anchor is positive
             ),
+            adversarial=dict(  # Det-AdvProp: attacked images beside the true ones
+                weight=0.0,  # of the loss at attacked images; 0: none are made
+                epsilon=1.0,  # of 255: how far the attack moves every channel of a pixel
+            ),
             train=dict(
                 epochs=300.0,
                 batch_size=64,  # over all devices
