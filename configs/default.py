@@ -121,6 +121,10 @@ def _official(name: str, dataset: str) -> Any:
                 l2=4e-5,  # on every kernel, part of the loss
                 match_threshold=0.5,  # IoU from which an anchor is positive
             ),
+            adversarial=dict(  # Det-AdvProp: attacked images beside the true ones
+                weight=0.0,  # of the loss at attacked images; 0: none are made
+                epsilon=1.0,  # of 255: how far the attack moves every channel of a pixel
+            ),
             train=dict(
                 epochs=scale.epochs,
                 batch_size=64,  # over all devices

@@ -66,7 +66,9 @@ def train(config: Any, repeats: int, profile: Path | None = None) -> Iterator[Ro
 
     def start() -> tuple[Callable[[], Any], float | None]:
         step, optimizer = map_train_step(config, model, anchors_N4, 10**6, 10**6)  # the warm-up's small first rate
-        state = parallel.replicate(init_state(variables, optimizer, config.train.ema_decay))
+        state = parallel.replicate(
+            init_state(variables, optimizer, config.train.ema_decay, config.adversarial.weight > 0)
+        )
         compiled = step.lower(state, parallel.shard(batch), False).compile()
 
         def call() -> Any:

@@ -203,7 +203,7 @@ def build(config: Any, workdir: Path) -> Run:
     _check_freeze(t.freeze, variables)
     if init_from and not has_checkpoints(workdir):
         variables = start_from(Path(init_from), variables, config)
-    state = init_state(variables, optimizer, t.ema_decay)
+    state = init_state(variables, optimizer, t.ema_decay, c.adversarial.weight > 0)
     if c.checkpoint.best not in (known := [f'eval/{name}' for name in evaluate.SUMMARY]):
         raise UserError(f'config.checkpoint.best={c.checkpoint.best!r} is unknown: choose one of {", ".join(known)}')
 

@@ -204,3 +204,15 @@ def test_without_known_sizes_nothing_is_said_of_anchors():
     listing = make_listing(('cell',), (1,), [ImageRow(1, 'a.png', 'a: ')], [ObjectRow(0, (0.0, 0.0, 9.0, 9.0), 0, 1)])
     (only,) = anchor_report.sections(default.get_config('d0'), listing, fit=True)
     assert 'do not say the size' in only
+
+
+def test_attacked_images_add_to_the_state_of_the_training_and_not_to_the_network(toy_config):
+    plain = list(planner.plan(toy_config, with_step=False, with_data=False))
+    before = plan_step(toy_config, tiny.toy(CLASSES)).state
+    toy_config.adversarial.weight = 1.0
+    attacked = list(planner.plan(toy_config, with_step=False, with_data=False))
+    after = plan_step(toy_config, tiny.toy(CLASSES)).state
+    assert attacked[0] == plain[0]  # the network
+    norms = 4 * 4 * (8 + 9 * CLASSES)  # scale, bias, mean, variance; float32
+    assert footprint.tree_bytes(after.variables) - footprint.tree_bytes(before.variables) == norms
+    assert footprint.tree_bytes(after.best_variables) == footprint.tree_bytes(before.variables)

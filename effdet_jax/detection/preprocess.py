@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 
 def normalize(
-    images: UInt8[Array, 'B H W 3'],
+    images: UInt8[Array, 'B H W 3'] | Float[Array, 'B H W 3'],
     valid_size: Int[Array, 'B 2'],
     mean: Sequence[float],
     std: Sequence[float],

@@ -20,6 +20,7 @@ import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
 from effdet_jax.errors import UserError
+from effdet_jax.records.deployed import deployed
 from effdet_jax.records.metrics import warn
 
 Contents = dict[str, list[Any]]  # path in the tree -> [shape, CRC-32]
@@ -144,7 +145,7 @@ class Checkpoints:
         return Restored(restored.state, restored.data)
 
     def variables(self, step: int) -> dict[str, Any]:
-        """The weights to deploy, {'params', 'batch_stats'} in NumPy: the moving average where there is one.
+        """The weights to deploy, {'params', 'batch_stats'} in NumPy: records/deployed.py.
 
         Raises:
           DamagedError: where the files are not what was saved.
@@ -155,8 +156,8 @@ class Checkpoints:
             tree = self._manager.item_metadata(step).state.tree  # type: ignore[union-attr]
         except Exception as error:
             raise DamagedError(_one_line(error)) from error
-        name = 'ema' if tree.get('ema') else 'variables'
-        wanted = ocp.args.PyTreeRestore(item={name: tree[name]}, partial_restore=True)
+        name, variables = deployed(tree)
+        wanted = ocp.args.PyTreeRestore(item={name: variables}, partial_restore=True)
         restored = self._read(step, ocp.args.Composite(state=wanted)).state
         _compare(restored, contents)
         return restored[name]

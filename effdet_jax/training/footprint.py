@@ -84,7 +84,9 @@ def plan_step(config: Any, model: EfficientDet, anchors: Float[np.ndarray, 'N 4'
     """Traces, compiles and allocates nothing. `frozen`: while `config.train.freeze` holds."""
     mapped, optimizer = map_train_step(config, model, anchors, 1000, 1000)  # no shape depends on the schedule
     variables = jax.eval_shape(lambda: init_variables(model, config.seed))
-    state = jax.eval_shape(lambda fresh: init_state(fresh, optimizer, config.train.ema_decay), variables)
+    state = jax.eval_shape(
+        lambda fresh: init_state(fresh, optimizer, config.train.ema_decay, config.adversarial.weight > 0), variables
+    )
     return PlannedStep(mapped, state, frozen)
 
 

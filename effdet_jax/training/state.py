@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from effdet_jax.records.deployed import deployed
+from effdet_jax.training.adversarial import with_auxiliary
+
 Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}
 
 
@@ -23,8 +26,8 @@ class TrainState:
 
     @property
     def best_variables(self) -> Variables:
-        """What to evaluate and to deploy: the average where there is one."""
-        return self.ema or self.variables
+        """What to evaluate and to deploy: records/deployed.py."""
+        return deployed({'variables': self.variables, 'ema': self.ema})[1]
 
 
 def init_variables(model: nn.Module, seed: int) -> Variables:
@@ -33,8 +36,12 @@ def init_variables(model: nn.Module, seed: int) -> Variables:
     return jax.jit(lambda key: model.init(key, images))(jax.random.key(seed))
 
 
-def init_state(variables: Variables, optimizer: optax.GradientTransformation, ema_decay: float) -> TrainState:
-    """Step 0 from given variables."""
+def init_state(
+    variables: Variables, optimizer: optax.GradientTransformation, ema_decay: float, attacked: bool = False
+) -> TrainState:
+    """Step 0 from given variables; `attacked`: of a training that needs auxiliary batch norms."""
+    if attacked:
+        variables = with_auxiliary(variables)
     ema = jax.tree.map(jnp.copy, variables) if ema_decay else {}  # a copy, because the state's buffers are donated
     return TrainState(jnp.zeros((), jnp.int32), variables, ema, jax.jit(optimizer.init)(variables['params']))
 

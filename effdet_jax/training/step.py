@@ -13,16 +13,15 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from effdet_jax.detection import assignment, losses, preprocess
-from effdet_jax.errors import UserError
+from effdet_jax.detection import assignment
 from effdet_jax.model import EfficientDet
 from effdet_jax.model.batch_norm import BatchNorm
 from effdet_jax.training import augment, parallel
+from effdet_jax.training.objective import Examples, Metrics, make_objective
 from effdet_jax.training.optimizer import is_kernel, make_optimizer, path_matches
 from effdet_jax.training.state import BATCH_STATS_DECAY, TrainState, Variables, moving_average
 
 Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], valid_size [B, 2], boxes [B, M, 4] yxyx, labels [B, M]
-Metrics = dict[str, jax.Array]
 
 
 def map_train_step(
@@ -51,62 +50,35 @@ def make_train_step(
       UserError: where the config's values do not go together.
     """
     axis, seed = model.axis_name, config.seed
-    statistics = config.image.mean, config.image.std, config.image.padding
     augment_batch = augment.make_augment(config, axis)
+    objective = make_objective(config, model, anchors_N4)
     parts, freeze, ema_decay = config.train.accumulate, config.train.freeze, config.train.ema_decay
-    c = config.loss
-    focal = dict(alpha=c.alpha, gamma=c.gamma, label_smoothing=c.label_smoothing)
-    delta, box_weight, l2, match_threshold = c.delta, c.box_weight, c.l2, c.match_threshold
-    iou_kind, iou_weight = c.iou_kind, c.iou_weight
-    if iou_kind and iou_kind not in losses.IOU_PENALTIES:
-        raise UserError(
-            f'config.loss.iou_kind={iou_kind!r} is unknown: choose one of {", ".join(losses.IOU_PENALTIES)}'
-        )
-
-    def detection_loss(
-        params: Any, batch_stats: Any, images: jax.Array, targets: assignment.Targets, normalizer: jax.Array, key: Any
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        variables = {'params': params, 'batch_stats': batch_stats}
-        outputs, updates = model.apply(
-            variables, images, train=True, mutable=['batch_stats'], rngs={'stochastic_depth': key}
-        )
-        class_loss = losses.focal_loss(outputs.class_logits, targets.classes, **focal).sum() / normalizer
-        box_loss = losses.huber_loss(outputs.box_regressions, targets.regressions, delta).sum() / (4 * normalizer)
-        total, metrics = class_loss + box_weight * box_loss, {'class_loss': class_loss, 'box_loss': box_loss}
-        if iou_kind:
-            penalty_BN = losses.iou_loss(
-                outputs.box_regressions, targets.regressions, jnp.asarray(anchors_N4), iou_kind
-            )
-            metrics['iou_loss'] = penalty_BN.sum() / normalizer
-            total += iou_weight * metrics['iou_loss']
-        return total, (updates['batch_stats'], metrics | {'loss': total})
+    l2, match_threshold = config.loss.l2, config.loss.match_threshold
 
     def train_step(state: TrainState, batch: Batch, frozen: bool = False) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         augment_key, depth_key = jax.random.split(key)
         batch = augment_batch(augment_key, batch)
-        images = preprocess.normalize(batch['image'], batch['valid_size'], *statistics)
         targets = jax.vmap(assignment.assign, (None, 0, 0, None))(
             jnp.asarray(anchors_N4), batch['boxes'], batch['labels'], match_threshold
         )
         num_positives = _sum_over(axis, targets.num_positives.sum())
         normalizer = num_positives + 1  # an image without objects must not divide by zero
+        examples = Examples(batch['image'], batch['valid_size'], targets)
 
         params, batch_stats = state.variables['params'], state.variables['batch_stats']
         with nn.intercept_methods(_frozen_batch_norm(freeze if frozen else '')):
 
-            def gradients_of(index: Any, part: tuple) -> tuple[Any, Any, Metrics]:
+            def gradients_of(index: Any, part: Examples) -> tuple[Any, Any, Metrics]:
                 def loss(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
                     # No gradient reaches what is frozen, so XLA drops that part of the backward pass.
                     kept = _stop_gradient(params, freeze) if frozen else params
-                    images, targets = part
-                    key = jax.random.fold_in(depth_key, index)
-                    return detection_loss(kept, batch_stats, images, targets, normalizer, key)
+                    return objective(kept, batch_stats, part, normalizer, jax.random.fold_in(depth_key, index))
 
                 gradients, (part_stats, metrics) = jax.grad(loss, has_aux=True)(params)
                 return gradients, jax.tree.map(lambda x: x / parts, part_stats), metrics
 
-            gradients, new_stats, metrics = _sum_of_parts(parts, gradients_of, (images, targets))
+            gradients, new_stats, metrics = _sum_of_parts(parts, gradients_of, examples)
         # Each device has divided by the positives of all: the sum is the gradient of the whole batch.
         gradients, metrics = _sum_over(axis, (gradients, metrics))
 

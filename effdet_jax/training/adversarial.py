@@ -1,0 +1,101 @@
+"""Det-AdvProp: attacked images beside the true ones, with batch norms of their own.
+
+Chen, Xie, Tan, Zhang, Hsieh, Gong 2021, "Robust and Accurate Object Detection via Adversarial Learning"; the second set
+of batch norms, here `auxiliary`, is that of Xie et al. 2020, "Adversarial Examples Improve Image Recognition".
+
+Each auxiliary norm lies below its main one: `backbone/stem/bn/scale` and `backbone/stem/bn/auxiliary/scale`. So a regex
+that freezes the one freezes the other, and to the optimiser, the moving average and the checkpoints it is a parameter
+like any other. `records/deployed.py` leaves it out of all that the training hands on.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array, Bool, Float, UInt8
+
+from effdet_jax.errors import UserError
+from effdet_jax.records.deployed import AUXILIARY, without_auxiliary
+
+LIMITS = {'weight': (0, 100), 'epsilon': (0, 255)}
+
+Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}
+Images = Float[Array, 'B H W 3']  # as the network takes them
+Losses = tuple[Float[Array, 'B'], Float[Array, 'B']]  # of each image: class, box (weighted)
+
+
+def settings(config: Any) -> tuple[float, float]:
+    """(weight of the loss at attacked images, 0: off; how far a pixel moves, of 255).
+
+    Raises:
+      UserError: where one is out of its range.
+    """
+    for key, (low, high) in LIMITS.items():
+        value = getattr(config.adversarial, key)
+        if not low <= value <= high:
+            raise UserError(f'config.adversarial.{key}={value!r} must lie in {low:g} to {high:g}: change it')
+    return config.adversarial.weight, config.adversarial.epsilon
+
+
+def with_auxiliary(variables: Variables) -> Variables:
+    """The variables with a copy of every batch norm below it."""
+    flat: dict[tuple, Any] = traverse_util.flatten_dict(variables)
+    norms = {path[1:-1] for path in flat if path[0] == 'batch_stats'}
+    copies = {_below(path): jnp.copy(leaf) for path, leaf in flat.items() if path[1:-1] in norms}
+    return traverse_util.unflatten_dict(flat | copies)
+
+
+def main(tree: dict[str, Any]) -> dict[str, Any]:
+    """What the network reads for true images, of parameters or of batch statistics."""
+    return without_auxiliary(tree)
+
+
+def auxiliary(tree: dict[str, Any]) -> dict[str, Any]:
+    """What the network reads for attacked images: the auxiliary norms in the place of the main ones."""
+    flat: dict[tuple, Any] = traverse_util.flatten_dict(tree)
+    in_place = {(*path[:-2], path[-1]): leaf for path, leaf in flat.items() if path[-2:-1] == (AUXILIARY,)}
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(main(tree)) | in_place)
+
+
+def joined(main: dict[str, Any], auxiliary: dict[str, Any]) -> dict[str, Any]:
+    """The batch statistics of which these two are `main` and `auxiliary`."""
+    below = {_below(path): leaf for path, leaf in traverse_util.flatten_dict(auxiliary).items()}
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(main) | below)
+
+
+def attack(
+    losses: Callable[[Images], Losses],
+    normalize: Callable[[Array], Images],
+    pixels: UInt8[Array, 'B H W 3'],
+    epsilon: float,
+) -> tuple[Images, Bool[Array, 'B']]:
+    """(attacked images, whether the attack on the class loss was chosen), image by image.
+
+    x_adv = P(x + epsilon * sign(gradient)), once with the gradient of the class loss and once with that of the box
+    loss; of both the one at which their sum is larger. P cuts to 0..255, and `normalize` covers the padding. Gradients
+    are those of the losses of the whole batch: images meet in the batch norms.
+
+    Takes three forward passes, the first shared by both gradients, and two backward passes to the pixels, which compute
+    no gradient of a parameter. A step with it takes five forward passes and two such and two whole backward passes,
+    where a plain one takes one and one: nearly four times the arithmetic.
+    """
+
+    def sums(images: Images) -> tuple[Array, Array]:
+        class_B, box_B = losses(images)
+        return class_B.sum(), box_B.sum()
+
+    def moved(class_weight: float, box_weight: float) -> Images:
+        # Of the normalised image, which has the same sign: a standard deviation is positive.
+        (gradient,) = pull(jax.tree.map(jnp.float32, (class_weight, box_weight)))
+        return normalize(jnp.clip(pixels.astype(jnp.float32) + epsilon * jnp.sign(gradient), 0, 255))
+
+    _, pull = jax.vjp(sums, normalize(pixels))
+    by_class, by_box = moved(1, 0), moved(0, 1)
+    class_won_B = jnp.add(*losses(by_class)) >= jnp.add(*losses(by_box))
+    return jnp.where(class_won_B[:, None, None, None], by_class, by_box), class_won_B
+
+
+def _below(path: tuple[str, ...]) -> tuple[str, ...]:
+    return *path[:-1], AUXILIARY, path[-1]

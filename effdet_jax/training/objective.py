@@ -1,0 +1,126 @@
+"""What a step minimises, before L2: the losses at a batch of images and, where the config says so, at attacked ones."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from effdet_jax.detection import assignment, losses, preprocess
+from effdet_jax.errors import UserError
+from effdet_jax.model import EfficientDet
+from effdet_jax.model.efficientdet import Outputs
+from effdet_jax.training import adversarial
+
+Metrics = dict[str, jax.Array]
+
+
+class Examples(NamedTuple):
+    """A batch, or a part of it, as the network learns from it. Leading axis B everywhere."""
+
+    pixels: jax.Array  # uint8 [B, H, W, 3]
+    valid_size: jax.Array  # int32 [B, 2]
+    targets: assignment.Targets
+
+
+class Losses(NamedTuple):
+    """Divided by the normaliser: each a number, or a number of each image, [B]."""
+
+    of_class: jax.Array
+    of_box: jax.Array  # with its weights
+    metrics: Metrics  # without
+
+    @property
+    def total(self) -> jax.Array:
+        return self.of_class + self.of_box
+
+
+def make_objective(config: Any, model: EfficientDet, anchors_N4: Any) -> Callable:
+    """`objective(params, batch_stats, examples, normalizer, key) -> (loss, (batch statistics, metrics))`.
+
+    For one device of the mapped axis `model.axis_name`, of parameters and batch statistics as the state has them.
+    Losses and metrics are this part's share: to be added up over parts and devices.
+
+    Raises:
+      UserError: where the config's values do not go together.
+    """
+    mean, std, padding, parts = config.image.mean, config.image.std, config.image.padding, config.train.accumulate
+    weight, epsilon = adversarial.settings(config)
+    losses_of = make_losses(config, anchors_N4)
+
+    def normalize(pixels: jax.Array, valid_size: jax.Array) -> jax.Array:
+        return preprocess.normalize(pixels, valid_size, mean, std, padding)
+
+    def forward(params: Any, batch_stats: Any, images: jax.Array, key: Any) -> tuple[Outputs, Any]:
+        variables = {'params': params, 'batch_stats': batch_stats}
+        outputs, updates = model.apply(
+            variables, images, train=True, mutable=['batch_stats'], rngs={'stochastic_depth': key}
+        )
+        return outputs, updates['batch_stats']
+
+    def plain(
+        params: Any, batch_stats: Any, examples: Examples, normalizer: jax.Array, key: Any
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        images = normalize(examples.pixels, examples.valid_size)
+        outputs, new_stats = forward(params, batch_stats, images, key)
+        found = losses_of(outputs, examples.targets, normalizer)
+        return found.total, (new_stats, found.metrics | {'loss': found.total})
+
+    def with_attack(
+        params: Any, batch_stats: Any, examples: Examples, normalizer: jax.Array, key: Any
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        pixels, valid_size, targets = examples
+        main = adversarial.main(params), adversarial.main(batch_stats)
+        auxiliary = adversarial.auxiliary(params), adversarial.auxiliary(batch_stats)
+        held = jax.lax.stop_gradient(auxiliary)  # the attack is given, not learned
+
+        def losses_at(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # The same blocks are dropped as in the passes below: attacked is the very network that learns from it.
+            found = losses_of(forward(*held, images, key)[0], targets, normalizer, per_image=True)
+            return found.of_class, found.of_box
+
+        images, class_won_B = adversarial.attack(losses_at, partial(normalize, valid_size=valid_size), pixels, epsilon)
+        outputs, auxiliary_stats = forward(*auxiliary, images, key)
+        attacked = losses_of(outputs, targets, normalizer).total
+        loss, (main_stats, metrics) = plain(*main, examples, normalizer, key)
+        shares = parts * (jax.lax.axis_size(model.axis_name) if model.axis_name else 1)
+        metrics |= {'adversarial_loss': attacked, 'class_attacks': class_won_B.mean() / shares}
+        loss += weight * attacked
+        return loss, (adversarial.joined(main_stats, auxiliary_stats), metrics | {'loss': loss})
+
+    return with_attack if weight else plain
+
+
+def make_losses(config: Any, anchors_N4: Any) -> Callable[..., Losses]:
+    """`losses_of(outputs, targets, normalizer, per_image=False)`; sums over the batch, or over each image.
+
+    Raises:
+      UserError: where the config names an unknown loss.
+    """
+    c = config.loss
+    focal = dict(alpha=c.alpha, gamma=c.gamma, label_smoothing=c.label_smoothing)
+    delta, box_weight, iou_kind, iou_weight = c.delta, c.box_weight, c.iou_kind, c.iou_weight
+    if iou_kind and iou_kind not in losses.IOU_PENALTIES:
+        raise UserError(
+            f'config.loss.iou_kind={iou_kind!r} is unknown: choose one of {", ".join(losses.IOU_PENALTIES)}'
+        )
+
+    def losses_of(
+        outputs: Outputs, targets: assignment.Targets, normalizer: jax.Array, per_image: bool = False
+    ) -> Losses:
+        def summed(x: jax.Array) -> jax.Array:
+            return x.sum(range(1, x.ndim)) if per_image else x.sum()
+
+        class_loss = summed(losses.focal_loss(outputs.class_logits, targets.classes, **focal)) / normalizer
+        box_loss = summed(losses.huber_loss(outputs.box_regressions, targets.regressions, delta)) / (4 * normalizer)
+        metrics, of_box = {'class_loss': class_loss, 'box_loss': box_loss}, box_weight * box_loss
+        if iou_kind:
+            penalty_BN = losses.iou_loss(
+                outputs.box_regressions, targets.regressions, jnp.asarray(anchors_N4), iou_kind
+            )
+            metrics['iou_loss'] = summed(penalty_BN) / normalizer
+            of_box += iou_weight * metrics['iou_loss']
+        return Losses(class_loss, of_box, metrics)
+
+    return losses_of
