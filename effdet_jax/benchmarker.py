@@ -20,7 +20,7 @@ from effdet_jax.peaks import Peak, peak
 from effdet_jax.records.metrics import stage, track
 from effdet_jax.training import footprint, parallel
 from effdet_jax.training.state import init_state, init_variables
-from effdet_jax.training.step import map_train_step
+from effdet_jax.training.step import compile_step, map_train_step
 
 PHOTO = 480, 640  # height, width of the pictures that go from image to boxes: the size most of COCO's have
 CLASSES_WITHOUT_DATA = 90
@@ -69,7 +69,7 @@ def train(config: Any, repeats: int, profile: Path | None = None) -> Iterator[Ro
         state = parallel.replicate(
             init_state(variables, optimizer, config.train.ema_decay, config.adversarial.weight > 0)
         )
-        compiled = step.lower(state, parallel.shard(batch), False).compile()
+        compiled = compile_step(step.lower(state, parallel.shard(batch), False))
 
         def call() -> Any:
             nonlocal state

@@ -26,6 +26,7 @@ from effdet_jax.records.network_drawing import save_drawing
 from effdet_jax.training import footprint, parallel
 from effdet_jax.training.footprint import HostBatch, PlannedStep, StepMemory
 from effdet_jax.training.optimizer import thaw_step
+from effdet_jax.training.step import compile_step
 
 MIN_LEVEL = BACKBONE_LEVELS[0]
 CLASSES_WITHOUT_DATA = 90  # COCO's
@@ -80,7 +81,7 @@ def plan(
     runs = min(batch_size, most)
     if compiled is None or runs < batch_size:
         with stage(f'compiling the training step for batch {runs}'):
-            compiled = step.lower(batch_of(runs)).compile()
+            compiled = compile_step(step.lower(batch_of(runs)))
     with stage(f'measuring steps of {runs} images'):
         seconds = footprint.seconds_per_step(compiled, step.random_state(), batch_of(runs)) / runs * batch_size
     yield _time(config, seconds, runs, batch_size, source)
@@ -187,7 +188,7 @@ def _compile_two(
     compiled, compiled_bytes = None, {}
     with stage(f'compiling the training step for batch {batch_size}'):
         try:
-            compiled = step.lower(batch_of(batch_size)).compile()
+            compiled = compile_step(step.lower(batch_of(batch_size)))
         except jax.errors.JaxRuntimeError as error:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise

@@ -65,6 +65,7 @@ def _phases(folder: Path, compiles: bool) -> Iterator[str]:
 
     from effdet_jax import train
     from effdet_jax.training import parallel
+    from effdet_jax.training.step import compile_step
 
     yield 'Python and imports'
     config = run_config.load(folder)
@@ -76,7 +77,7 @@ def _phases(folder: Path, compiles: bool) -> Iterator[str]:
     lowered = run.train_step.lower(state, batch, run.thaw_step > 0)
     yield 'trace and lower'
     if compiles:
-        compiled = lowered.compile()
+        compiled = compile_step(lowered)
         yield 'compile, or read from the cache'
         jax.block_until_ready(compiled(state, batch))
         yield 'first step'

@@ -13,7 +13,7 @@ from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet
 from effdet_jax.training import parallel
 from effdet_jax.training.state import TrainState, init_state, init_variables
-from effdet_jax.training.step import map_train_step
+from effdet_jax.training.step import MappedStep, compile_step, map_train_step
 
 HostBatch = dict[str, np.ndarray]
 
@@ -42,7 +42,7 @@ class StepMemory:
 class PlannedStep:
     """A config's training step, the very one that the training loop maps, and the shapes of its state."""
 
-    mapped: Any
+    mapped: MappedStep
     state: TrainState
     frozen: bool
 
@@ -110,7 +110,7 @@ def random_batch(config: Any, batch_size: int, num_classes: int, objects: int) -
 
 def compile_layout(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """To ask for its memory only: on CPU it compiles sooner and would run slowly."""
-    return lowered.compile(LAYOUT_ONLY if jax.default_backend() == 'cpu' else None)
+    return compile_step(lowered, LAYOUT_ONLY if jax.default_backend() == 'cpu' else None)
 
 
 def replicated(shapes: Any) -> Any:

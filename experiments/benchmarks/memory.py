@@ -19,6 +19,7 @@ from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
 from effdet_jax.records.metrics import say, table
 from effdet_jax.training import footprint, parallel
+from effdet_jax.training.step import compile_step
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'FILE', lock_config=True)
 NUM_CLASSES, OBJECTS = 90, 8
@@ -29,7 +30,7 @@ def main(_) -> None:
     model = build_model(config.model, NUM_CLASSES, parallel.AXIS)
     step = footprint.plan_step(config, model, image_anchors(config), frozen=False)
     batch = footprint.random_batch(config, config.train.batch_size, NUM_CLASSES, OBJECTS)
-    compiled = step.lower(batch).compile()
+    compiled = compile_step(step.lower(batch))
     predicted = step.memory(batch, compiled).total
     state, state_bytes = step.random_state(), footprint.tree_bytes(step.state)
     measuring.settle()
