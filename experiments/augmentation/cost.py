@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from configs import default
 from effdet_jax import data
+from effdet_jax.configs import default
 from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
 from effdet_jax.records.metrics import table

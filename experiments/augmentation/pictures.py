@@ -13,8 +13,8 @@ import cv2
 import jax
 import numpy as np
 
-from configs import default
 from effdet_jax import data
+from effdet_jax.configs import default
 from effdet_jax.records.pictures import draw_boxes, grid, write_image
 from effdet_jax.training.augment import AUGMENTATIONS, make_augment
 from effdet_jax.training.augmentations.rand_augment import OPERATIONS

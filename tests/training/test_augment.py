@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from configs import default
+from effdet_jax.configs import default
 from effdet_jax.detection import preprocess
 from effdet_jax.errors import UserError
 from effdet_jax.training import augment, parallel
