@@ -131,8 +131,11 @@ def test_a_batch_that_the_compiler_refuses_is_predicted_from_smaller_ones(toy_co
     (honest,) = [x for x in planner.plan(toy_config, 10**9, with_data=False) if 'Memory of a training step' in x]
     lower = footprint.PlannedStep.lower
 
-    class Refused:
-        def compile(self):
+    class Refused(jax.stages.Lowered):
+        def __init__(self):
+            pass
+
+        def compile(self, options=None):
             raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
 
     def refuse_64(self, batch):

@@ -40,6 +40,8 @@ class MappedStep:
         self._programs: dict[bool, Callable] = {}
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any], frozen: bool) -> tuple[TrainState, Metrics]:
+        if not _options() or jax.process_count() > 1:  # then a compiled program would ask for the arrays of all hosts
+            return self._mapped(state, batch, frozen)
         if frozen not in self._programs:
             self._programs[frozen] = compile_step(self.lower(state, batch, frozen))
         return self._programs[frozen](state, batch)
@@ -51,13 +53,17 @@ class MappedStep:
 
 def compile_step(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
     """With the options that are best for a training step on this platform, and with these."""
-    ours = CPU_OPTIONS if jax.default_backend() == 'cpu' else {}
+    ours = _options()
     try:
         return lowered.compile(ours | (options or {}) or None)
     except jax.errors.JaxRuntimeError as error:
         if not any(name in str(error) for name in ours):
             raise
         return lowered.compile(options)  # another version of XLA, which has no such option
+
+
+def _options() -> dict[str, Any]:
+    return CPU_OPTIONS if jax.default_backend() == 'cpu' else {}
 
 
 def map_train_step(
