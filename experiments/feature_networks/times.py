@@ -7,6 +7,7 @@ import functools
 import sys
 
 import jax
+import jax.numpy as jnp
 
 from effdet_jax import measuring, startup
 from effdet_jax.configs import default
@@ -49,7 +50,9 @@ def network(name: str, fusion: str, images: jax.Array) -> functools.partial:
     config = default.get_config('d0')
     config.model.feature_network.update(name=name, fusion=fusion)
     model = build_model(config.model, 90)
-    return functools.partial(jax.jit(model.apply), fold(init_variables(model, 0)), images)
+    shapes = jax.eval_shape(lambda: init_variables(model, 0))
+    variables = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), shapes)  # the time does not depend on them
+    return functools.partial(jax.jit(model.apply), fold(variables), images)
 
 
 if __name__ == '__main__':
