@@ -80,7 +80,8 @@ def train(config: Any, repeats: int, profile: Path | None = None) -> Iterator[Ro
 
     flops = 3 * forward_flops(config, model) * batch_size  # backward: once for the inputs, once for the kernels
     devices = jax.local_device_count()
-    yield _timed(Task('training step', batch_size, flops / devices, start, ahead=1), repeats, _peak(config), profile)
+    task = Task('training step', batch_size, flops / devices, start, parallel.steps_ahead())
+    yield _timed(task, repeats, _peak(config), profile)
 
 
 def read(config: Any) -> Iterator[Row]:
