@@ -77,7 +77,7 @@ def main(system: str, case: str, folder: str, device: str) -> None:
         measuring.settle()
         ready = {'build_s': built - start, 'first_call_s': first_call, 'call_s': one, 'start_peak': start_peak}
         answer(ready | {'notes': work.notes})
-        ahead = 1 if parsed.what == 'train' else 0
+        ahead = 1 if parsed.what == 'train' and device != 'cpu' else 0  # as our loop, and as PyTorch's queues
         for line in sys.stdin:
             seconds = measuring.seconds_per_call(work.call, work.wait, json.loads(line)['calls'], ahead)
             answer({'seconds': seconds, 'peak': measuring.peak_bytes(), 'device_peak': work.device_peak()})
