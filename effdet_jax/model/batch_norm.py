@@ -97,6 +97,7 @@ def _batch_norm(
     return _forward(x, scale, bias, activation, axis_name)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))  # so that it is traced once for each shape, as the gradient is
 def _forward(
     x: Array, scale: Array, bias: Array, activation: str, axis_name: str | None
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
@@ -107,6 +108,7 @@ def _forward(
     return (y.astype(x.dtype), mean, variance), (x, scale, bias, mean, inverse)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(
     activation: str, axis_name: str | None, residuals: tuple[Array, ...], gradients: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
@@ -129,4 +131,4 @@ _batch_norm.defvjp(_forward, _backward)
 
 def _mean(axis_name: str | None, *arrays: Array) -> tuple[Array, ...]:
     means = tuple(jnp.mean(a, axis=range(a.ndim - 1), dtype=jnp.float32) for a in arrays)
-    return jax.lax.pmean(means, axis_name) if axis_name else means
+    return jax.lax.pmean(means, axis_name) if axis_name and jax.lax.axis_size(axis_name) > 1 else means

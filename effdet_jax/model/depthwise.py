@@ -48,6 +48,7 @@ def _conv(x: Array, kernel: Array, stride: int, size: tuple[int, int]) -> Array:
     )
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))  # so that it is traced once for each shape, as the gradient is
 def _forward(x: Array, kernel: Array, stride: int, size: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
     if not _trains_on_cpu():
         return _grouped(x, kernel, stride), (x, kernel)
@@ -55,6 +56,7 @@ def _forward(x: Array, kernel: Array, stride: int, size: tuple[int, int]) -> tup
     return _sum_of_taps(padded, kernel, stride, *_strided(size, stride)), (padded, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(
     stride: int, size: tuple[int, int], residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:

@@ -190,6 +190,7 @@ def resize_to(x: Float[Array, 'B H W C'], height: int, width: int) -> Float[Arra
     raise ValueError(f'cannot resize {h}x{w} to {height}x{width}: one side grows and the other shrinks')
 
 
+@functools.partial(jax.jit, static_argnums=1)  # so that it is traced once for each shape
 def max_pool(x: Float[Array, 'B H W C'], strides: tuple[int, int]) -> Float[Array, 'B h w C']:
     """Maximum over windows of stride + 1 per side, SAME padding with minus infinity.
 

@@ -86,14 +86,17 @@ def attack(
         class_B, box_B = losses(images)
         return class_B.sum(), box_B.sum()
 
-    def moved(class_weight: float, box_weight: float) -> Images:
+    def moved(weights_2: Array) -> tuple[Images, Array]:
+        """(attacked images, their losses) by the gradient of the losses with these weights."""
+        (gradient,) = pull((weights_2[0], weights_2[1]))
         # Of the normalised image, which has the same sign: a standard deviation is positive.
-        (gradient,) = pull(jax.tree.map(jnp.float32, (class_weight, box_weight)))
-        return normalize(jnp.clip(pixels.astype(jnp.float32) + epsilon * jnp.sign(gradient), 0, 255))
+        images = normalize(jnp.clip(pixels.astype(jnp.float32) + epsilon * jnp.sign(gradient), 0, 255))
+        return images, jnp.add(*losses(images))
 
     _, pull = jax.vjp(sums, normalize(pixels))
-    by_class, by_box = moved(1, 0), moved(0, 1)
-    class_won_B = jnp.add(*losses(by_class)) >= jnp.add(*losses(by_box))
+    # One after the other: as a loop they are one program to compile, not two.
+    (by_class, by_box), (class_loss_B, box_loss_B) = jax.lax.map(moved, jnp.eye(2))
+    class_won_B = class_loss_B >= box_loss_B
     return jnp.where(class_won_B[:, None, None, None], by_class, by_box), class_won_B
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
+from jaxtyping import Array, Float
 
 from effdet_jax.errors import UserError
 
@@ -22,7 +23,7 @@ def path_matches(pattern: str, path: Sequence[Any]) -> bool:
 
 def make_optimizer(
     config: Any, steps_per_epoch: int, total_steps: int
-) -> tuple[optax.GradientTransformation, Callable]:
+) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
     """(optimiser, schedule: step -> learning rate).
 
     L2 of the loss, then zero for what is frozen, then clipping, then the optimiser proper, then the learning rate.
@@ -50,10 +51,9 @@ def make_optimizer(
         optax.partition(
             {'always': optax.identity(), 'late': optax.transforms.conditionally_mask(optax.identity(), thawed)}, labels
         ),
-        clip_each(c.clip_norm if c.clip_each else 0.0),
-        optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
+        clip(c.clip_norm, c.clip_each) if c.clip_norm else optax.identity(),
         optax.partition({'always': core, 'late': optax.transforms.conditionally_mask(core, thawed)}, labels),
-        optax.scale_by_learning_rate(schedule),
+        scale_by_learning_rate(schedule),
     )
     return optimizer, schedule
 
@@ -94,13 +94,42 @@ OPTIMIZERS: dict[str, Callable[[float, float], optax.GradientTransformation]] = 
 }
 
 
-def clip_each(norm: float) -> optax.GradientTransformation:
-    """Each gradient by its own norm: the first of the two stages of the reference."""
+def clip(limit: float, each: bool) -> optax.GradientTransformation:
+    """To a global norm of at most `limit`, as in optax; with `each`, every gradient by its own norm before.
 
-    def clip(gradient: jax.Array) -> jax.Array:
-        return gradient * jnp.minimum(1.0, norm / jnp.maximum(jnp.linalg.norm(gradient), 1e-16))
+    The latter are the two stages of the reference. What a gradient's norm is after the first follows from what it was.
+    """
 
-    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates)) if norm else optax.identity()
+    def update(gradients: Any, _: Any) -> Any:
+        norms_L = jnp.sqrt(squared_norms(gradients))
+        factors_L = _at_most(limit, norms_L) if each else jnp.ones_like(norms_L)
+        factors_L *= _at_most(limit, jnp.linalg.norm(norms_L * factors_L))
+        leaves, tree = jax.tree.flatten(gradients)
+        return jax.tree.unflatten(tree, [g * factor for g, factor in zip(leaves, factors_L, strict=True)])
+
+    return optax.stateless(update)
+
+
+def squared_norms(tree: Any) -> Float[Array, 'L']:
+    """Of every leaf."""
+    return jnp.stack([jnp.vdot(x, x, precision='highest') for x in jax.tree.leaves(tree)])
+
+
+def _at_most(limit: float, norm: Array) -> Array:
+    """What to multiply with for a norm of at most `limit`."""
+    return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16))
+
+
+def scale_by_learning_rate(schedule: Callable) -> optax.GradientTransformationExtraArgs:
+    """As in optax; but `update` takes the `learning_rate` of its step, if that is known already."""
+    own = optax.scale_by_learning_rate(schedule)
+
+    def update(updates: Any, state: Any, params: Any = None, *, learning_rate: Any = None, **_: Any) -> tuple[Any, Any]:
+        if learning_rate is None:
+            return own.update(updates, state, params)
+        return jax.tree.map(lambda u: -learning_rate * u, updates), state._replace(count=state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(own.init, update)
 
 
 def make_schedule(c: Any, batch_size: int, steps_per_epoch: int, total_steps: int) -> Callable[[Any], jax.Array]:

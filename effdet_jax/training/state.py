@@ -49,12 +49,16 @@ def init_state(
 BATCH_STATS_DECAY = 0.99  # the "momentum" of batch norm
 
 
-def moving_average(average: Any, value: Any, decay: float, step: jax.Array) -> Any:
-    """decay <- min(decay, (1 + t) / (10 + t)): starting short, an average forgets the random start (spec 8).
+def moving_average(average: Any, value: Any, weight: Any) -> Any:
+    """One step of it: `weight` is the value's, `averaging_weight`."""
+    return jax.tree.map(lambda a, v: a + weight * (v - a), average, value)  # exact where both are equal
+
+
+def averaging_weight(decay: float, step: jax.Array) -> jax.Array:
+    """1 - min(decay, (1 + t) / (10 + t)): starting with a short memory, an average forgets the random start (spec 8).
 
     Of the variables, and of the batch statistics. The reference averages the latter with a constant 0.99 from variance
     1, of which 3 per cent are left after 360 steps: where the true variance is 0.01, evaluation is wrong for most of a
     short run. From step 891 on there is no difference.
     """
-    decay_t = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda a, v: a + (1.0 - decay_t) * (v - a), average, value)  # exact where both are equal
+    return 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))

@@ -5,7 +5,7 @@ A batch whose loss or gradient is not finite changes nothing but the number of t
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,8 +18,8 @@ from effdet_jax.model import EfficientDet
 from effdet_jax.model.batch_norm import BatchNorm
 from effdet_jax.training import augment, parallel
 from effdet_jax.training.objective import Examples, Metrics, make_objective
-from effdet_jax.training.optimizer import is_kernel, make_optimizer, path_matches
-from effdet_jax.training.state import BATCH_STATS_DECAY, TrainState, Variables, moving_average
+from effdet_jax.training.optimizer import is_kernel, make_optimizer, path_matches, squared_norms
+from effdet_jax.training.state import BATCH_STATS_DECAY, TrainState, Variables, averaging_weight, moving_average
 
 Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], valid_size [B, 2], boxes [B, M, 4] yxyx, labels [B, M]
 
@@ -27,6 +27,17 @@ Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], valid_size [B, 2], box
 # On CPU. XLA's older way of making loops of what it fuses: compiling takes half as long again, and a step of D0 0.84 of
 # the time (experiments/benchmarks). Inference gains nothing.
 CPU_OPTIONS = {'xla_cpu_use_fusion_emitters': False}
+
+
+class Rates(NamedTuple):
+    """Numbers of a step that whole trees are scaled by.
+
+    They come from outside of the branch that scales: XLA would compute a cosine anew in the loop of every array.
+    """
+
+    of_learning: jax.Array
+    of_statistics: jax.Array  # weight of the new ones in the moving averages
+    of_average: jax.Array
 
 
 class MappedStep:
@@ -81,7 +92,7 @@ def map_train_step(
 def make_train_step(
     config: Any,
     model: EfficientDet,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable,
     anchors_N4: Any,
 ) -> Callable[[TrainState, Batch, bool], tuple[TrainState, Metrics]]:
@@ -92,9 +103,9 @@ def make_train_step(
     """
     axis, seed = model.axis_name, config.seed
     augment_batch = augment.make_augment(config, axis)
-    objective = make_objective(config, model, anchors_N4)
-    parts, freeze, ema_decay = config.train.accumulate, config.train.freeze, config.train.ema_decay
-    l2, match_threshold = config.loss.l2, config.loss.match_threshold
+    objective, learn = make_objective(config, model, anchors_N4), make_learn(optimizer, config.train.ema_decay)
+    parts, freeze = config.train.accumulate, config.train.freeze
+    l2, match_threshold, ema_decay = config.loss.l2, config.loss.match_threshold, config.train.ema_decay
 
     def train_step(state: TrainState, batch: Batch, frozen: bool = False) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -123,45 +134,62 @@ def make_train_step(
         # Each device has divided by the positives of all: the sum is the gradient of the whole batch.
         gradients, metrics = _sum_over(axis, (gradients, metrics))
 
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
-        batch_stats = moving_average(batch_stats, new_stats, BATCH_STATS_DECAY, state.step)
-        variables: Variables = {'params': optax.apply_updates(params, updates), 'batch_stats': batch_stats}
-        ema = moving_average(state.ema, variables, ema_decay, state.step) if ema_decay else state.ema
-
-        metrics['l2_loss'] = l2 * 0.5 * sum(jnp.vdot(k, k) for k in _kernels(params))
+        metrics['l2_loss'] = l2 * 0.5 * squared_norms(_kernels(params)).sum()
         metrics['loss'] += metrics['l2_loss']
         metrics |= {
-            'gradient_norm': optax.tree.norm(gradients),
+            'gradient_norm': jnp.sqrt(squared_norms(gradients).sum()),
             'learning_rate': schedule(state.optimizer[-1].count),  # the optimizer's own count skips what is skipped
             'positives': num_positives,
         }
         # Of all devices: these are sums over the axis, so every device decides alike.
         finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
         metrics['skipped_steps'] = 1.0 - finite
-        learned = TrainState(state.step + 1, variables, ema, optimizer_state)
-        return either(finite, learned, dataclasses.replace(state, step=state.step + 1)), metrics
+        rates = Rates(
+            metrics['learning_rate'], averaging_weight(BATCH_STATS_DECAY, state.step),
+            averaging_weight(ema_decay, state.step),
+        )  # fmt: skip
+
+        return either(finite, learn, skip, state, gradients, new_stats, rates), metrics
 
     return train_step
 
 
-def either(condition: jax.Array, yes: Any, no: Any) -> Any:
-    """One of two trees of arrays, the cheaper way on each platform (experiments/reliability).
+def make_learn(optimizer: optax.GradientTransformationExtraArgs, ema_decay: float) -> Callable[..., TrainState]:
+    """`learn(state, gradients, new_stats, rates)`: what a step makes of the state; `new_stats` are the batch's."""
+
+    def learn(state: TrainState, gradients: Any, new_stats: Any, rates: Rates) -> TrainState:
+        params, batch_stats = state.variables['params'], state.variables['batch_stats']
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, params, learning_rate=rates.of_learning)
+        variables: Variables = {
+            'params': optax.apply_updates(params, updates),
+            'batch_stats': moving_average(batch_stats, new_stats, rates.of_statistics),
+        }
+        ema = moving_average(state.ema, variables, rates.of_average) if ema_decay else state.ema
+        return TrainState(state.step + 1, variables, ema, optimizer_state)
+
+    return learn
+
+
+def skip(state: TrainState, *_: Any) -> TrainState:
+    """In the place of `learn`, where there is nothing to learn from."""
+    return dataclasses.replace(state, step=state.step + 1)
+
+
+def either(condition: jax.Array, yes: Callable, no: Callable, *operands: Any) -> Any:
+    """What one of two functions makes of the operands, the cheaper way on each platform (experiments/reliability).
 
     On CPU a branch: nothing is copied. Elsewhere a selection, because a branch would ask the host which way to go.
     """
-    return jax.lax.platform_dependent(condition, yes, no, cpu=branch, default=select)
+    return (jax.lax.cond if jax.default_backend() == 'cpu' else select)(condition, yes, no, *operands)
 
 
-def branch(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.lax.cond(condition, lambda: yes, lambda: no)
-
-
-def select(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+def select(condition: jax.Array, yes: Callable, no: Callable, *operands: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes(*operands), no(*operands))
 
 
 def _sum_over(axis: str | None, tree: Any) -> Any:
-    return jax.lax.psum(tree, axis) if axis else tree
+    """Over the devices. Of one alone nothing is asked: XLA would do so for every array of the tree."""
+    return jax.lax.psum(tree, axis) if axis and jax.lax.axis_size(axis) > 1 else tree
 
 
 def _sum_of_parts(parts: int, function: Callable, batch: Any) -> Any:

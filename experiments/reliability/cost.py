@@ -24,7 +24,7 @@ from effdet_jax.training import incidents, parallel, step
 from effdet_jax.training.preemption import notices
 
 FORMS = {
-    'no guard': lambda finite, yes, no: yes,
+    'no guard': lambda finite, yes, no, *operands: yes(*operands),
     'as it is': step.either,
     'where': step.select,
 }

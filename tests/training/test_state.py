@@ -18,7 +18,7 @@ def test_the_average_in_closed_form(decay):
     values = rng.standard_normal((40, 3))
     average, expected = {'w': jnp.zeros(3)}, np.zeros(3)
     for t, value in enumerate(values):
-        average = st.moving_average(average, {'w': jnp.float32(value)}, decay, jnp.int32(t))
+        average = st.moving_average(average, {'w': jnp.float32(value)}, st.averaging_weight(decay, jnp.int32(t)))
         d = min(decay, (1 + t) / (10 + t))
         expected = d * expected + (1 - d) * value
     np.testing.assert_allclose(average['w'], expected, rtol=1e-4)
@@ -28,7 +28,7 @@ def test_the_ramp_forgets_the_random_start():
     """After t steps the start weighs t! 9! / (9 + t)!: a billionth after forty. With 0.998 alone it weighs 92%."""
     average = {'w': jnp.ones(())}
     for t in range(40):
-        average = st.moving_average(average, {'w': jnp.zeros(())}, 0.998, jnp.int32(t))
+        average = st.moving_average(average, {'w': jnp.zeros(())}, st.averaging_weight(0.998, jnp.int32(t)))
     np.testing.assert_allclose(average['w'], np.prod([(1 + t) / (10 + t) for t in range(40)]), rtol=1e-4)
     assert average['w'] < 1e-8
 
