@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from effdet_jax import data, measuring
+from effdet_jax import compiling, data, measuring
 from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import Detector, Thresholds, image_anchors, make_detect, make_detect_pixels
 from effdet_jax.model import EfficientDet, build_model
@@ -110,7 +110,7 @@ def forward_flops(config: Any, model: EfficientDet) -> float:
 
 def _network(config: Any, model: EfficientDet, variables: Any, batch: int) -> tuple[Callable[[], Any], float | None]:
     images = jax.device_put(np.random.default_rng(0).standard_normal((batch, *config.image.size, 3), np.float32))
-    compiled = jax.jit(lambda v, x: model.apply(v, x, train=False)).lower(variables, images).compile()
+    compiled = compiling.jit(lambda v, x: model.apply(v, x, train=False)).lower(variables, images).compile()
     return lambda: compiled(variables, images), _bytes_moved(compiled)
 
 
@@ -120,7 +120,7 @@ def _resized_to_boxes(
     """As evaluation does: the host has resized."""
     images = np.random.default_rng(0).integers(0, 256, (batch, *config.image.size, 3), np.uint8)
     sizes = np.tile(np.array(config.image.size, np.int32), (batch, 1))
-    compiled = jax.jit(make_detect(config, model)).lower(variables, images, sizes).compile()
+    compiled = compiling.jit(make_detect(config, model)).lower(variables, images, sizes).compile()
     return lambda: jax.device_get(compiled(variables, images, sizes)), _bytes_moved(compiled)
 
 
@@ -129,7 +129,7 @@ def _photograph_to_boxes(
 ) -> tuple[Callable[[], Any], float | None]:
     """As `Detector` does, to boxes in NumPy."""
     classes, c = num_classes(config), config.eval
-    function = functools.partial(jax.jit(make_detect_pixels(config, model)), variables)
+    function = functools.partial(compiling.jit(make_detect_pixels(config, model)), variables)
     names = tuple(f'class {label}' for label in range(classes))
     thresholds = Thresholds(c.score_threshold, c.iou_threshold, c.sigma)
     detector = Detector([function], names, tuple(range(1, classes + 1)), thresholds, batch_size=batch)

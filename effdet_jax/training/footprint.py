@@ -110,7 +110,7 @@ def random_batch(config: Any, batch_size: int, num_classes: int, objects: int) -
 
 def compile_layout(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """To ask for its memory only: on CPU it compiles sooner and would run slowly."""
-    return compile_step(lowered, LAYOUT_ONLY if jax.default_backend() == 'cpu' else None)
+    return compile_step(lowered, LAYOUT_ONLY if jax.default_backend() == 'cpu' else {})
 
 
 def replicated(shapes: Any) -> Any:

@@ -5,6 +5,7 @@ A batch whose loss or gradient is not finite changes nothing but the number of t
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from effdet_jax import compiling
 from effdet_jax.detection import assignment
 from effdet_jax.model import EfficientDet
 from effdet_jax.model.batch_norm import BatchNorm
@@ -22,11 +24,6 @@ from effdet_jax.training.optimizer import is_kernel, make_optimizer, path_matche
 from effdet_jax.training.state import BATCH_STATS_DECAY, TrainState, Variables, averaging_weight, moving_average
 
 Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], valid_size [B, 2], boxes [B, M, 4] yxyx, labels [B, M]
-
-
-# On CPU. XLA's older way of making loops of what it fuses: compiling takes half as long again, and a step of D0 0.84 of
-# the time (experiments/benchmarks). Inference gains nothing.
-CPU_OPTIONS = {'xla_cpu_use_fusion_emitters': False}
 
 
 class Rates(NamedTuple):
@@ -51,7 +48,9 @@ class MappedStep:
         self._programs: dict[bool, Callable] = {}
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any], frozen: bool) -> tuple[TrainState, Metrics]:
-        if not _options() or jax.process_count() > 1:  # then a compiled program would ask for the arrays of all hosts
+        if (
+            not compiling.options(compiling.TRAINING) or jax.process_count() > 1
+        ):  # then a compiled program would ask for the arrays of all hosts
             return self._mapped(state, batch, frozen)
         if frozen not in self._programs:
             self._programs[frozen] = compile_step(self.lower(state, batch, frozen))
@@ -62,19 +61,9 @@ class MappedStep:
         return self._mapped.lower(state, batch, frozen)
 
 
-def compile_step(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
+def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, Any] = MappingProxyType({})) -> jax.stages.Compiled:
     """With the options that are best for a training step on this platform, and with these."""
-    ours = _options()
-    try:
-        return lowered.compile(ours | (options or {}) or None)
-    except jax.errors.JaxRuntimeError as error:
-        if not any(name in str(error) for name in ours):
-            raise
-        return lowered.compile(options)  # another version of XLA, which has no such option
-
-
-def _options() -> dict[str, Any]:
-    return CPU_OPTIONS if jax.default_backend() == 'cpu' else {}
+    return lowered.compile({**compiling.options(compiling.TRAINING), **options} or None)
 
 
 def map_train_step(

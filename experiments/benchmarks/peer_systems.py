@@ -146,8 +146,7 @@ def build_our_boxes(case: Case, folder: Path, device: str) -> Work:
     """uint8 photographs in, at most 100 boxes out, through the public `Detector`: resizing, network, soft NMS."""
     import functools
 
-    import jax
-
+    from effdet_jax import compiling
     from effdet_jax.inference.detector import Detector, Thresholds, make_detect_pixels
     from effdet_jax.model import build_model
     from effdet_jax.model.batch_norm import fold
@@ -155,7 +154,7 @@ def build_our_boxes(case: Case, folder: Path, device: str) -> Work:
     config = our_config(case, device)
     model = build_model(config.model, CLASSES)
     variables = _our_variables(model, config, folder)
-    function = functools.partial(jax.jit(make_detect_pixels(config, model)), fold(variables))
+    function = functools.partial(compiling.jit(make_detect_pixels(config, model)), fold(variables))
     names = tuple(f'class {index}' for index in range(CLASSES))
     thresholds = Thresholds(config.eval.score_threshold, config.eval.iou_threshold, config.eval.sigma)
     detector = Detector([function], names, tuple(range(1, CLASSES + 1)), thresholds, batch_size=case.batch)
@@ -185,10 +184,11 @@ def _our_variables(model: Any, config: Any, folder: Path) -> Any:
 def _our_network(config: Any, model: Any, variables: Any, inputs: dict[str, np.ndarray]) -> tuple[Callable, Callable]:
     import jax
 
+    from effdet_jax import compiling
     from effdet_jax.model.batch_norm import fold
 
     variables = fold(variables)  # as `Detector` does
-    network = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
+    network = compiling.jit(lambda variables, images: model.apply(variables, images, train=False))
     images = jax.device_put(inputs['images'])
 
     def outputs(found: Any) -> dict[str, np.ndarray]:

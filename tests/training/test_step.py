@@ -15,7 +15,7 @@ from effdet_jax.detection.anchors import make_anchors
 from effdet_jax.errors import UserError
 from effdet_jax.training.optimizer import is_kernel, make_optimizer
 from effdet_jax.training.state import averaging_weight, init_state, init_variables, moving_average
-from effdet_jax.training.step import CPU_OPTIONS, compile_step, make_train_step
+from effdet_jax.training.step import make_train_step
 
 SIZE, NUM_CLASSES, RATE = 32, 3, 0.1
 ANCHORS_N4 = jnp.asarray(make_anchors(((4, 4),), (SIZE, SIZE), scale=1.0))
@@ -327,39 +327,6 @@ def test_accumulation_adds_the_gradients_of_the_parts():
     averaged = jax.tree.map(lambda old, a, b: 0.1 * old + 0.45 * (a + b), stored, *(aux[2] for (_, aux), _ in parts))
     assert_close(after.variables['batch_stats'], averaged)
     assert_close(after.variables['params'], jax.tree.map(lambda w, g: w - RATE * g, params, total), atol=1e-5)
-
-
-class Lowered(jax.stages.Lowered):
-    """Knows no option but `known`, and remembers those that it was compiled with."""
-
-    def __init__(self, known):
-        self.known, self.options = known, None
-
-    def compile(self, options=None):
-        for name in options or {}:
-            if name not in self.known:
-                raise jax.errors.JaxRuntimeError(f"INVALID_ARGUMENT: No such compile option: '{name}'")
-        self.options = options
-        return jax.jit(lambda x: x).lower(1.0).compile()
-
-
-@pytest.mark.parametrize(
-    ('known', 'asked_for', 'used'),
-    [(CPU_OPTIONS, None, CPU_OPTIONS), ([], None, None), (['other'], {'other': 1}, {'other': 1})],
-)
-def test_an_xla_without_our_options_compiles_without_them(known, asked_for, used):
-    assert jax.default_backend() == 'cpu'
-    compile_step(lowered := Lowered(known), asked_for)
-    assert lowered.options == used
-
-
-def test_an_option_that_xla_does_not_know_is_named():
-    with pytest.raises(jax.errors.JaxRuntimeError, match='other'):
-        compile_step(Lowered(CPU_OPTIONS), {'other': 1})
-    lowered = jax.jit(lambda x: x + 1).lower(1.0)
-    assert compile_step(lowered)(1.0) == 2
-    with pytest.raises(jax.errors.JaxRuntimeError, match='no_such_option'):
-        lowered.compile({'no_such_option': False})
 
 
 def test_the_learning_rate_is_computed_once_and_not_in_the_loop_of_every_parameter():

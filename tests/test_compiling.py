@@ -1,0 +1,45 @@
+import jax
+import pytest
+
+from effdet_jax import compiling
+from effdet_jax.training.step import compile_step
+
+FASTER_MATH = 'xla_cpu_enable_fast_math'
+
+
+def test_this_version_of_xla_knows_all_our_options():
+    for wanted in (compiling.INFERENCE, compiling.TRAINING):
+        assert compiling.options(wanted) == wanted['cpu']
+
+
+def test_options_that_xla_does_not_know_are_left_out():
+    assert compiling.options({'cpu': {FASTER_MATH: False, 'no_such_option': 1, FASTER_MATH + 'er': True}}) == {
+        FASTER_MATH: False
+    }
+
+
+def test_other_platforms_are_left_alone():
+    assert compiling.options({'tpu': {FASTER_MATH: True}}) == {}
+
+
+def test_programs_get_the_options():
+    lowered = Lowered()
+    compile_step(lowered, {'one': 1})
+    assert lowered.options == {**compiling.TRAINING['cpu'], 'one': 1}
+    assert compiling.jit(lambda x: 2 * x)(1.0) == 2
+
+
+def test_an_option_of_a_caller_is_not_left_out():
+    with pytest.raises(jax.errors.JaxRuntimeError, match='no_such_option'):
+        compile_step(jax.jit(lambda x: x).lower(1.0), {'no_such_option': 1})
+
+
+class Lowered(jax.stages.Lowered):
+    """Remembers the options that it was compiled with."""
+
+    def __init__(self):
+        self.options = None
+
+    def compile(self, options=None):
+        self.options = options
+        return jax.jit(lambda x: x).lower(1.0).compile()
