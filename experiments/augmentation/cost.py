@@ -20,7 +20,7 @@ from effdet_jax.records.metrics import table
 from effdet_jax.training.augment import AUGMENTATIONS, make_augment
 from effdet_jax.training.optimizer import make_optimizer
 from effdet_jax.training.state import init_state, init_variables
-from effdet_jax.training.step import make_train_step
+from effdet_jax.training.step import compile_step, make_train_step
 
 
 def main(size: int = 512, batch_size: int = 8, rounds: int = 15) -> None:
@@ -59,6 +59,7 @@ def train_step(config: default.ConfigDict, batch: dict[str, jax.Array], num_clas
     optimizer, schedule = make_optimizer(config, 1000, 1000)
     state = init_state(init_variables(model, 0), optimizer, config.train.ema_decay)
     step = jax.jit(make_train_step(config, model, optimizer, schedule, image_anchors(config)))
+    step = compile_step(step.lower(state, batch))
     return lambda: step(state, batch)
 
 
