@@ -20,6 +20,7 @@ from effdet_jax.records.files import replacing, write_atomically
 from effdet_jax.records.metrics import read_metrics, say, table
 
 METRICS = ('AP', 'AP50')
+NARROWEST = 0.05  # AP that the plot's axis spans at least: less is no difference, and is not to look like one
 AT_THE_END = 'report.html'  # what a run writes last
 
 
@@ -130,6 +131,9 @@ def _plot(path: Path, rows: Sequence[Row], results: Mapping[str, Sequence[Mappin
     axes.set(
         xlabel='AP', yticks=range(len(rows)), yticklabels=[row.label for row in rows], ylim=(len(rows) - 0.5, -0.5)
     )
+    low, high = axes.get_xlim()
+    missing = max(0.0, NARROWEST - (high - low)) / 2
+    axes.set_xlim(low - missing, high + missing)
     axes.grid(axis='x', alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
     with replacing(path) as temporary:
