@@ -45,6 +45,7 @@ COMMANDS = {
 
 def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
     """Parses the flags, runs `main` on the rest, and turns what the user can mend into one line and an exit code."""
+    startup.use_huge_pages()  # at once, since it starts the command once more
     app.run(functools.partial(_main, main), flags_parser=functools.partial(_parse, required=required))
 
 

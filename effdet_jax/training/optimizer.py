@@ -101,18 +101,24 @@ def clip(limit: float, each: bool) -> optax.GradientTransformation:
     """
 
     def update(gradients: Any, _: Any) -> Any:
-        norms_L = jnp.sqrt(squared_norms(gradients))
-        factors_L = _at_most(limit, norms_L) if each else jnp.ones_like(norms_L)
-        factors_L *= _at_most(limit, jnp.linalg.norm(norms_L * factors_L))
+        if not each:
+            factor = _at_most(limit, jnp.sqrt(squared_norm(gradients)))
+            return jax.tree.map(lambda g: g * factor, gradients)
+        # Scalars and no vector of them: taking the i-th would make every gradient's product a program of its own.
         leaves, tree = jax.tree.flatten(gradients)
-        return jax.tree.unflatten(tree, [g * factor for g, factor in zip(leaves, factors_L, strict=True)])
+        norms = [jnp.sqrt(jnp.vdot(g, g, precision='highest')) for g in leaves]
+        factors = [_at_most(limit, norm) for norm in norms]
+        clipped_L = jnp.stack([norm * factor for norm, factor in zip(norms, factors, strict=True)])
+        of_all = _at_most(limit, jnp.linalg.norm(clipped_L))
+        return jax.tree.unflatten(tree, [g * (factor * of_all) for g, factor in zip(leaves, factors, strict=True)])
 
     return optax.stateless(update)
 
 
-def squared_norms(tree: Any) -> Float[Array, 'L']:
-    """Of every leaf."""
-    return jnp.stack([jnp.vdot(x, x, precision='highest') for x in jax.tree.leaves(tree)])
+def squared_norm(tree: Any) -> Float[Array, '']:
+    """Of all leaves together: one sum over a copy, since as many sums as leaves take seconds to compile."""
+    flat = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+    return jnp.vdot(flat, flat, precision='highest')
 
 
 def _at_most(limit: float, norm: Array) -> Array:

@@ -20,7 +20,7 @@ from effdet_jax.model import EfficientDet
 from effdet_jax.model.batch_norm import BatchNorm
 from effdet_jax.training import augment, parallel
 from effdet_jax.training.objective import Examples, Metrics, make_objective
-from effdet_jax.training.optimizer import is_kernel, make_optimizer, path_matches, squared_norms
+from effdet_jax.training.optimizer import is_kernel, make_optimizer, path_matches, squared_norm
 from effdet_jax.training.state import BATCH_STATS_DECAY, TrainState, Variables, averaging_weight, moving_average
 
 Batch = dict[str, jax.Array]  # image uint8 [B, H, W, 3], valid_size [B, 2], boxes [B, M, 4] yxyx, labels [B, M]
@@ -123,10 +123,10 @@ def make_train_step(
         # Each device has divided by the positives of all: the sum is the gradient of the whole batch.
         gradients, metrics = _sum_over(axis, (gradients, metrics))
 
-        metrics['l2_loss'] = l2 * 0.5 * squared_norms(_kernels(params)).sum()
+        metrics['l2_loss'] = l2 * 0.5 * squared_norm(_kernels(params))
         metrics['loss'] += metrics['l2_loss']
         metrics |= {
-            'gradient_norm': jnp.sqrt(squared_norms(gradients).sum()),
+            'gradient_norm': jnp.sqrt(squared_norm(gradients)),
             'learning_rate': schedule(state.optimizer[-1].count),  # the optimizer's own count skips what is skipped
             'positives': num_positives,
         }

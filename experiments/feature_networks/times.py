@@ -25,7 +25,6 @@ SECONDS_OF_A_BLOCK = 0.5
 
 
 def main(size: int = 512, rounds: int = 12) -> None:
-    startup.keep_memory()
     images = jax.random.normal(jax.random.key(0), (1, size, size, 3))
     calls = {f'{name}, {fusion}': network(name, fusion, images) for name, fusion in NETWORKS}
     blocks = {label: [] for label in calls}
@@ -56,4 +55,5 @@ def network(name: str, fusion: str, images: jax.Array) -> functools.partial:
 
 
 if __name__ == '__main__':
+    startup.use_huge_pages()
     main(*map(int, sys.argv[1:]))
