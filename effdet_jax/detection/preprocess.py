@@ -57,24 +57,29 @@ def scaled_size(size: Int[Array, '2'], target_hw: tuple[int, int]) -> tuple[Int[
     return jnp.maximum((size_2 * scale).astype(jnp.int32), 1), scale
 
 
+ROWS_AT_ONCE = 64
+
+
 def _resize(pixels: Array, start: Array, size: Array, new_size: Array, out_hw: tuple[int, int]) -> Array:
     """Bilinear with half-pixel centres and without antialiasing: the four neighbours of each pixel.
 
     In whole numbers of 11 bits, cut where OpenCV's cv2.resize cuts them: so that a detector sees what evaluation saw.
     """
-    (top_H, above_H), (bottom_H, below_H) = _neighbours(out_hw[0], size[0], new_size[0])
+    top_and_bottom = _neighbours(out_hw[0], size[0], new_size[0])
     (left_W, before_W), (right_W, after_W) = _neighbours(out_hw[1], size[1], new_size[1])
 
-    def row(y_H: Array) -> Array:
+    def along_row(y: Array) -> Array:
         def at(x_W: Array) -> Array:
-            indices_HW = start + y_H[:, None] * size[1] + x_W[None, :]
-            return pixels.at[indices_HW].get(mode='promise_in_bounds').astype(jnp.int32)
+            return pixels.at[start + y * size[1] + x_W].get(mode='promise_in_bounds').astype(jnp.int32)
 
-        return at(left_W) * before_W[None, :, None] + at(right_W) * after_W[None, :, None]
+        return (at(left_W) * before_W[:, None] + at(right_W) * after_W[:, None]) >> 4
 
-    top = ((row(top_H) >> 4) * above_H[:, None, None]) >> 16
-    bottom = ((row(bottom_H) >> 4) * below_H[:, None, None]) >> 16
-    return ((top + bottom + 2) >> 2).astype(jnp.uint8)
+    def row(above_and_below: tuple[tuple[Array, Array], tuple[Array, Array]]) -> Array:
+        parts = [(along_row(y) * weight) >> 16 for y, weight in above_and_below]
+        return ((sum(parts) + 2) >> 2).astype(jnp.uint8)
+
+    # A loop, or XLA would compute each pixel anew for all the taps of the network's first convolution that meet it.
+    return jax.lax.map(row, top_and_bottom, batch_size=ROWS_AT_ONCE)
 
 
 def _neighbours(count: int, old: Array, new: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
