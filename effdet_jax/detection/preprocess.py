@@ -57,7 +57,7 @@ def scaled_size(size: Int[Array, '2'], target_hw: tuple[int, int]) -> tuple[Int[
     return jnp.maximum((size_2 * scale).astype(jnp.int32), 1), scale
 
 
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 64  # of a resized image
 
 
 def _resize(pixels: Array, start: Array, size: Array, new_size: Array, out_hw: tuple[int, int]) -> Array:
@@ -75,8 +75,8 @@ def _resize(pixels: Array, start: Array, size: Array, new_size: Array, out_hw: t
         return (at(left_W) * before_W[:, None] + at(right_W) * after_W[:, None]) >> 4
 
     def row(above_and_below: tuple[tuple[Array, Array], tuple[Array, Array]]) -> Array:
-        parts = [(along_row(y) * weight) >> 16 for y, weight in above_and_below]
-        return ((sum(parts) + 2) >> 2).astype(jnp.uint8)
+        top, bottom = ((along_row(y) * weight) >> 16 for y, weight in above_and_below)
+        return ((top + bottom + 2) >> 2).astype(jnp.uint8)
 
     # A loop, or XLA would compute each pixel anew for all the taps of the network's first convolution that meet it.
     return jax.lax.map(row, top_and_bottom, batch_size=ROWS_AT_ONCE)
