@@ -129,3 +129,27 @@ startup.give_back_memory()
 print(before - measuring.resident_bytes())
 """
     assert int(of_a_process(code)) > 30 << 20
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or platform.libc_ver()[0] != 'glibc', reason='mallopt is glibc')
+def test_a_thread_keeps_its_scratch_memory():
+    """Ten times 48 MiB, in a thread that is not the first: as XLA takes them."""
+    code = """
+import resource, threading
+if 'keep' in sys.argv:
+    startup.keep_scratch_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+def work():
+    bytearray(48 << 20)
+    before = faults()
+    for _ in range(10):
+        block = bytearray(48 << 20)
+        del block
+    print(faults() - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    tunables = 'glibc.malloc.hugetlb=0'
+    kept, anew = (int(of_a_process(code, argument, tunables=tunables)) for argument in ('keep', 'not'))
+    assert anew > 10_000 and kept < anew / 100
