@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from effdet_jax import compiling
 from effdet_jax.records.deployed import deployed
 from effdet_jax.training.adversarial import with_auxiliary
 
@@ -33,7 +34,7 @@ class TrainState:
 def init_variables(model: nn.Module, seed: int) -> Variables:
     """Fresh parameters and batch statistics. Their shapes do not depend on the image size."""
     images = jnp.zeros((1, 64, 64, 3))
-    return jax.jit(lambda key: model.init(key, images))(jax.random.key(seed))
+    return compiling.once(lambda key: model.init(key, images), jax.random.key(seed))
 
 
 def init_state(
@@ -42,8 +43,13 @@ def init_state(
     """Step 0 from given variables; `attacked`: of a training that needs auxiliary batch norms."""
     if attacked:
         variables = with_auxiliary(variables)
-    ema = jax.tree.map(jnp.copy, variables) if ema_decay else {}  # a copy, because the state's buffers are donated
-    return TrainState(jnp.zeros((), jnp.int32), variables, ema, jax.jit(optimizer.init)(variables['params']))
+
+    @jax.jit
+    def rest(variables: Variables) -> tuple[Variables, optax.OptState]:
+        ema = jax.tree.map(jnp.copy, variables) if ema_decay else {}  # a copy: the state's buffers are donated
+        return ema, optimizer.init(variables['params'])
+
+    return TrainState(jnp.zeros((), jnp.int32), variables, *rest(variables))
 
 
 BATCH_STATS_DECAY = 0.99  # the "momentum" of batch norm

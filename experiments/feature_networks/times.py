@@ -15,7 +15,7 @@ from effdet_jax.model import build_model
 from effdet_jax.model.batch_norm import fold
 from effdet_jax.records.metrics import say, table, track
 from effdet_jax.training.parallel import describe_devices
-from effdet_jax.training.state import init_variables
+from effdet_jax.weights.names import shapes_of
 
 NETWORKS = (
     ('bifpn', 'fast'), ('bifpn', 'softmax'), ('bifpn', 'sum'), ('fpn', 'sum'), ('panet', 'sum'), ('nasfpn', 'sum'),
@@ -49,8 +49,8 @@ def network(name: str, fusion: str, images: jax.Array) -> functools.partial:
     config = default.get_config('d0')
     config.model.feature_network.update(name=name, fusion=fusion)
     model = build_model(config.model, 90)
-    shapes = jax.eval_shape(lambda: init_variables(model, 0))
-    variables = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), shapes)  # the time does not depend on them
+    # The time does not depend on their values.
+    variables = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), shapes_of(model))
     return functools.partial(jax.jit(model.apply), fold(variables), images)
 
 
