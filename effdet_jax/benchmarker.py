@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from effdet_jax import compiling, data, measuring
+from effdet_jax import compiling, data, measuring, startup
 from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import Detector, Thresholds, image_anchors, make_detect, make_detect_pixels
 from effdet_jax.model import EfficientDet, build_model
@@ -201,6 +201,8 @@ def _peak_memory() -> int:
 def _trace(profile: Path | None, name: str) -> AbstractContextManager:
     if profile is None:
         return nullcontext()
+    # The profiler's records would break up what is kept, and every call would take as much anew.
+    startup.keep_scratch_memory(startup.KEPT_BY_GLIBC)
     try:
         return jax.profiler.trace(str(profile / name.replace(', ', '-').replace(' ', '_')))
     except OSError as error:

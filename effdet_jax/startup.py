@@ -16,7 +16,8 @@ SETTINGS = {  # of jax, which reads them where it is imported
 }
 OBJECTS_BEFORE_GARBAGE = 100_000
 TUNABLES, HUGE_PAGES = 'GLIBC_TUNABLES', 'glibc.malloc.hugetlb'
-KEPT = 64 * 2**20
+KEPT = 64 * 2**20  # bytes: all that one of glibc's heaps can hold, other than the first thread's
+KEPT_BY_GLIBC = 32 * 2**20  # what it comes to by itself
 GLIBC_KEEPS = {'trim_threshold': -1, 'top_pad': -2, 'mmap_threshold': -3}  # mallopt's numbers, of malloc.h
 WHO_GETS_HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
@@ -61,16 +62,15 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_scratch_memory() -> None:
-    """Lets glibc keep up to `KEPT` bytes of what each thread frees, for what the same thread takes next.
+def keep_scratch_memory(most: int = KEPT) -> None:
+    """Lets glibc keep `most` bytes of what each thread frees, for what the same thread takes next.
 
     XLA's thread takes a call's scratch memory and gives it back whole, and to find and clear so much again takes
-    longer than many a layer does. 64 MiB are the most that a heap of glibc's can hold, other than the first thread's.
-    No effect with another C library.
+    longer than many a layer does. No effect with another C library.
     """
     if platform.libc_ver()[0] == 'glibc':
         for parameter in GLIBC_KEEPS.values():
-            ctypes.CDLL(None).mallopt(parameter, KEPT)
+            ctypes.CDLL(None).mallopt(parameter, most)
 
 
 def keep_programs(environment: MutableMapping[str, str]) -> None:

@@ -136,7 +136,7 @@ def build_ours(case: Case, folder: Path, device: str) -> Work:
 
     config = our_config(case, device)
     model = build_model(config.model, CLASSES, parallel.AXIS if case.what == 'train' else None)
-    variables = _our_variables(model, config, folder)
+    variables = our_variables(model, config, folder)
     build = {'infer': _our_network, 'train': _our_step}[case.what]
     call, outputs = build(config, model, variables, dict(np.load(folder / INPUTS)))
     return Work(call, jax.block_until_ready, outputs, _our_notes(), _our_device_peak)
@@ -153,7 +153,7 @@ def build_our_boxes(case: Case, folder: Path, device: str) -> Work:
 
     config = our_config(case, device)
     model = build_model(config.model, CLASSES)
-    variables = _our_variables(model, config, folder)
+    variables = our_variables(model, config, folder)
     function = functools.partial(compiling.jit(make_detect_pixels(config, model)), fold(variables))
     names = tuple(f'class {index}' for index in range(CLASSES))
     thresholds = Thresholds(config.eval.score_threshold, config.eval.iou_threshold, config.eval.sigma)
@@ -167,7 +167,7 @@ def build_our_boxes(case: Case, folder: Path, device: str) -> Work:
     return Work(lambda: detector(photos), lambda found: found, outputs, _our_notes(), _our_device_peak)
 
 
-def _our_variables(model: Any, config: Any, folder: Path) -> Any:
+def our_variables(model: Any, config: Any, folder: Path) -> Any:
     import jax
     from flax import traverse_util
     from safetensors.numpy import load_file
