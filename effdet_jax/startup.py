@@ -18,7 +18,7 @@ OBJECTS_BEFORE_GARBAGE = 100_000
 TUNABLES, HUGE_PAGES = 'GLIBC_TUNABLES', 'glibc.malloc.hugetlb'
 KEPT = 64 * 2**20  # bytes: all that one of glibc's heaps can hold, other than the first thread's
 KEPT_BY_GLIBC = 32 * 2**20  # what it comes to by itself
-GLIBC_KEEPS = {'trim_threshold': -1, 'top_pad': -2, 'mmap_threshold': -3}  # mallopt's numbers, of malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 WHO_GETS_HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
@@ -69,7 +69,7 @@ def keep_scratch_memory(most: int = KEPT) -> None:
     longer than many a layer does. No effect with another C library.
     """
     if platform.libc_ver()[0] == 'glibc':
-        for parameter in GLIBC_KEEPS.values():
+        for parameter in (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD):
             ctypes.CDLL(None).mallopt(parameter, most)
 
 

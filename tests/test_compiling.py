@@ -8,7 +8,7 @@ FASTER_MATH = 'xla_cpu_enable_fast_math'
 
 
 def test_this_version_of_xla_knows_all_our_options():
-    for wanted in (compiling.INFERENCE, compiling.TRAINING):
+    for wanted in (compiling.INFERENCE, compiling.TRAINING, compiling.ONCE):
         assert compiling.options(wanted) == wanted['cpu']
 
 
@@ -27,6 +27,16 @@ def test_programs_get_the_options():
     compile_step(lowered, {'one': 1})
     assert lowered.options == {**compiling.TRAINING['cpu'], 'one': 1}
     assert compiling.jit(lambda x: 2 * x)(1.0) == 2
+    assert compiling.once(lambda x: 2 * x, 1.0) == 2
+
+
+def test_jit_and_once_ask_for_what_their_tables_say(monkeypatch):
+    tables = [compiling.options(table) for table in (compiling.INFERENCE, compiling.ONCE)]
+    asked = []
+    monkeypatch.setattr(jax, 'jit', lambda function, compiler_options: asked.append(compiler_options) or function)
+    compiling.jit(abs)
+    assert compiling.once(abs, -1) == 1
+    assert asked == tables
 
 
 def test_an_option_of_a_caller_is_not_left_out():
