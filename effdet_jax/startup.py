@@ -66,7 +66,8 @@ def keep_scratch_memory(most: int = KEPT) -> None:
     """Lets glibc keep `most` bytes of what each thread frees, for what the same thread takes next.
 
     XLA's thread takes a call's scratch memory and gives it back whole, and to find and clear so much again takes
-    longer than many a layer does. No effect with another C library.
+    longer than many a layer does. So many bytes at most for each thread that computes. No effect with another C
+    library.
     """
     if platform.libc_ver()[0] == 'glibc':
         for parameter in (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD):
