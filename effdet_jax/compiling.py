@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from effdet_jax import startup
+from effdet_jax import programs, startup
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -33,9 +33,9 @@ def jit(function: Callable) -> Callable:
     return jax.jit(function, compiler_options=options(INFERENCE) or None)
 
 
-def once(function: Callable, *arguments: Any) -> Any:
+def once(program: programs.Program, function: Callable, *arguments: Any) -> Any:
     """`function(*arguments)`, compiled for this one call."""
-    return jax.jit(function, compiler_options=options(ONCE) or None)(*arguments)
+    return program.get(lambda: jax.jit(function).lower(*arguments), options(ONCE))(*arguments)
 
 
 def options(wanted: Options) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class Recorded:
         self._read.add(key)
         return self._values[key]
 
+    def __repr__(self) -> str:
+        return repr(self._values)
+
     def unread(self) -> Iterator[str]:
         """Dotted names of the keys that nothing has read."""
         for key, value in self._values.items():

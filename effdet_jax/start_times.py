@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,33 +59,40 @@ def _start(config: Any, cache: str, compiles: bool) -> dict[str, float]:
     return seconds | {'all': marks[-1][1] - begun}
 
 
-def _phases(folder: Path, compiles: bool) -> Iterator[str]:
-    """Starts as `main` does; gives the name of each phase when it is over."""
+def _start_here(folder: Path, compiles: bool, over: Callable[[str], None]) -> None:
+    """Starts as `main` does; tells `over` the name of each phase when it is over."""
     import jax
 
-    from effdet_jax import train
+    from effdet_jax import compiling, train
     from effdet_jax.training import parallel
-    from effdet_jax.training.step import compile_step
 
-    yield 'Python and imports'
+    over('Python and imports')
     config = run_config.load(folder)
-    yield 'config'
+    over('config')
     run = train.build(config, folder / 'run')
-    yield 'data, weights, optimizer'
+    over('data, weights, optimizer')
     state, batch = parallel.replicate(run.fresh_state), parallel.shard(next(run.batches))
-    yield 'state onto the devices, first batch'
-    lowered = run.train_step.lower(state, batch, run.thaw_step > 0)
-    yield 'trace and lower'
-    if compiles:
-        compiled = compile_step(lowered)
-        yield 'compile, or read from the cache'
-        jax.block_until_ready(compiled(state, batch))
-        yield 'first step'
+    over('state onto the devices, first batch')
+    frozen = run.thaw_step > 0
+
+    def lower() -> jax.stages.Lowered:
+        lowered = run.train_step.lower(state, batch, frozen)
+        over('trace and lower')
+        return lowered
+
+    if not compiles:
+        lower()
+        return
+    compiled = run.train_step.program(frozen).get(lower, compiling.options(compiling.TRAINING))
+    over('compile and keep, or wait until it is read')
+    jax.block_until_ready(compiled(state, batch))
+    over('first step')
 
 
 def main(folder: str, phases: str) -> None:
     startup.prepare()
-    marks = [(name, time.time()) for name in _phases(Path(folder), phases == 'all')]
+    marks: list[tuple[str, float]] = []
+    _start_here(Path(folder), phases == 'all', lambda phase: marks.append((phase, time.time())))
     print(json.dumps(marks), flush=True)
     os._exit(0)  # Grain's threads are still reading ahead
 

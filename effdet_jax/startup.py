@@ -21,9 +21,13 @@ KEPT_BY_GLIBC = 32 * 2**20  # what it comes to by itself
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 WHO_GETS_HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
+is_command = False  # whether this process is one: then its functions are what its files say
+
 
 def prepare() -> None:
     """To be called before anything imports jax, and before anything is done: it may start the command once more."""
+    global is_command
+    is_command = True
     use_huge_pages()
     # Tracing makes many objects and no garbage: with Python's 700, a quarter of its time goes into looking for it.
     gc.set_threshold(OBJECTS_BEFORE_GARBAGE)
@@ -54,9 +58,10 @@ def _must_ask_for_huge_pages() -> bool:
 
 
 def give_back_memory() -> None:
-    """Returns what is free to the system, once. To be called when a loop has come round for the first time.
+    """Returns what is free to the system, once. To be called before a loop, or in its first round.
 
-    Compiling leaves gigabytes, which glibc would keep. No effect with another C library.
+    Compiling leaves gigabytes, reading a program half of one, and glibc would keep them. No effect with another C
+    library.
     """
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).malloc_trim(0)
@@ -98,11 +103,12 @@ def default_folder(environment: MutableMapping[str, str]) -> Path:
     """
     base = Path(environment.get('XDG_CACHE_HOME', ''))
     base = base if base.is_absolute() else Path.home() / '.cache'
-    instructions = hashlib.sha256(_instructions().encode()).hexdigest()[:8]
+    instructions = hashlib.sha256(cpu_instructions().encode()).hexdigest()[:8]
     return base / 'effdet_jax' / f'{platform.machine()}-{instructions}'
 
 
-def _instructions() -> str:
+def cpu_instructions() -> str:
+    """Those of this CPU that the system lists."""
     try:
         lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
     except OSError:  # not Linux

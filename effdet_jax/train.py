@@ -184,6 +184,10 @@ def build(config: Any, workdir: Path) -> Run:
     host_batch = parallel.host_batch_size('config.train.batch_size', t.batch_size, t.accumulate)
     steps_per_epoch = max(len(train_source) // t.batch_size, 1)
     total_steps = max(int(t.epochs * steps_per_epoch), 1)
+    train_step, optimizer = map_train_step(c, model, anchors_N4, steps_per_epoch, total_steps)
+    thaws_at = thaw_step(c, steps_per_epoch)
+    train_step.program(frozen=thaws_at > 0)  # is read while the rest is made
+    inspection.check_before_training(c, train_source, eval_source)
     host, num_hosts = parallel.host()
     batches = iter(
         data.train_batches(
@@ -195,7 +199,6 @@ def build(config: Any, workdir: Path) -> Run:
 
     unreadable = data.Unreadable(train_source, c.dataset.max_unreadable, answer)
 
-    train_step, optimizer = map_train_step(c, model, anchors_N4, steps_per_epoch, total_steps)
     detect = parallel.map_devices(make_detect(c, model))
     evaluate_all = evaluate.make_evaluate(c, eval_source, detect)
 
@@ -213,7 +216,7 @@ def build(config: Any, workdir: Path) -> Run:
 
     evaluation_steps = every(c.eval.every_epochs)
     save_steps = every(c.checkpoint.every_epochs) | evaluation_steps
-    keep, best, thaws_at = c.checkpoint.keep, c.checkpoint.best, thaw_step(c, steps_per_epoch)
+    keep, best = c.checkpoint.keep, c.checkpoint.best
     name, log_interval, num_pictures = c.name, c.log.every_steps, c.eval.pictures
     if wandb := c.log.wandb:
         import_wandb(wandb)  # now: to miss it later would waste the user's time
@@ -259,12 +262,10 @@ def resumed(run: Run, config: Any) -> Iterator[TrainState]:
 
 
 def open_sources(config: Any) -> tuple[data.CheckableSource, data.CheckableSource]:
-    """(training, evaluation) data, with the same classes. Prints what the labels alone tell is wrong with them."""
+    """(training, evaluation) data, with the same classes."""
     d = config.dataset
     train_source = data.open_source(d.source, d.train_split, d.class_names)
-    eval_source = data.open_source(d.source, d.eval_split, train_source.class_names)
-    inspection.check_before_training(config, train_source, eval_source)
-    return train_source, eval_source
+    return train_source, data.open_source(d.source, d.eval_split, train_source.class_names)
 
 
 def remember_classes(config: Any, source: data.Source, category_ids: Sequence[int]) -> None:
@@ -313,7 +314,8 @@ def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
     Raises:
       UserError: where the work directory holds no run of this config.
     """
-    _, source = open_sources(config)
+    train_source, source = open_sources(config)
+    inspection.check_before_training(config, train_source, source)
     remember_classes(config, source, config.dataset.category_ids)
     run_config.refuse_another(config, workdir, only=run_config.NETWORK_KEYS)
     step, variables = load_variables(workdir)

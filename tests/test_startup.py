@@ -39,7 +39,7 @@ def test_where_nothing_can_be_kept_there_is_a_warning(tmp_path, capsys):
 def test_another_cpu_has_another_folder(monkeypatch, tmp_path):
     environment = {'XDG_CACHE_HOME': str(tmp_path)}
     here = startup.default_folder(environment)
-    monkeypatch.setattr(startup, '_instructions', lambda: 'flags: fpu')
+    monkeypatch.setattr(startup, 'cpu_instructions', lambda: 'flags: fpu')
     assert startup.default_folder(environment) != here
 
 
