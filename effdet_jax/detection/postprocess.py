@@ -66,10 +66,15 @@ def best_pairs(
     """(logits, anchors, classes) of the `count` best pairs of anchor and class, best first, the first of equals first.
 
     Of so many pairs at most so many anchors are part, and these are the ones with the largest maxima. To look for them
-    first leaves few pairs to look through, and finds the same.
+    first leaves few pairs to look through, and finds the same. Moreover so many pairs are at least as good as the least
+    of these maxima: the others are out, and a search is quicker the fewer there are to choose from.
     """
     num_anchors, num_classes = class_logits.shape
-    # In their old order, so that equals stay in theirs.
-    anchor_A = jnp.sort(jax.lax.top_k(class_logits.max(axis=-1), min(count, num_anchors))[1])
-    logits_C, indices_C = jax.lax.top_k(class_logits[anchor_A].reshape(-1), count)
+    maxima_A, anchor_A = jax.lax.top_k(class_logits.max(axis=-1), min(count, num_anchors))
+    anchor_A = jnp.sort(anchor_A)  # in their old order, so that equals stay in theirs
+    logits_P = class_logits[anchor_A].reshape(-1)
+    if count <= num_anchors:
+        # Not maxima_A[-1], the same: XLA would take the slice for a reason to sort them all.
+        logits_P = jnp.where(logits_P < maxima_A.min(), -jnp.inf, logits_P)
+    logits_C, indices_C = jax.lax.top_k(logits_P, count)
     return logits_C, anchor_A[indices_C // num_classes], indices_C % num_classes
