@@ -5,6 +5,7 @@ here too, from images of any size in one program.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +44,23 @@ def resize_and_pad(
     areas_B = sizes[:, 0] * sizes[:, 1]
     starts_B = jnp.cumsum(areas_B) - areas_B
 
-    def resize(start: Array, size: Array) -> tuple[Array, Array, Array]:
-        valid_size, scale = scaled_size(size, image_size)
-        return _resize(pixels, start, size, valid_size, image_size), valid_size, 1 / scale
+    valid_size, scale = jax.vmap(scaled_size, (0, None))(sizes, image_size)
+    neighbours = jax.vmap(_neighbours, (None, 0, 0))
+    rows, columns = (neighbours(image_size[i], sizes[:, i], valid_size[:, i]) for i in (0, 1))
 
-    return jax.vmap(resize)(starts_B, sizes)
+    def resize(pixels: Array, *of_images: Any) -> Array:
+        return jax.vmap(_resize, (None, 0, 0, 0, 0))(pixels, *of_images)
+
+    def apart(*operands: Any) -> Array:
+        """In a branch that is always taken, or XLA would resize anew for all the taps of the first convolution."""
+
+        def nothing(*_: Any) -> Array:
+            return jnp.zeros((sizes.shape[0], *image_size, 3), jnp.uint8)
+
+        return jax.lax.cond(sizes.min() > 0, resize, nothing, *operands)
+
+    images = jax.lax.platform_dependent(pixels, starts_B, sizes[:, 1], rows, columns, cpu=apart, default=resize)
+    return images, valid_size, 1 / scale
 
 
 def scaled_size(size: Int[Array, '2'], target_hw: tuple[int, int]) -> tuple[Int[Array, '2'], Float[Array, '']]:
@@ -57,29 +70,25 @@ def scaled_size(size: Int[Array, '2'], target_hw: tuple[int, int]) -> tuple[Int[
     return jnp.maximum((size_2 * scale).astype(jnp.int32), 1), scale
 
 
-ROWS_AT_ONCE = 64  # of a resized image
-
-
-def _resize(pixels: Array, start: Array, size: Array, new_size: Array, out_hw: tuple[int, int]) -> Array:
+def _resize(pixels: Array, start: Array, width: Array, rows: Any, columns: Any) -> Array:
     """Bilinear with half-pixel centres and without antialiasing: the four neighbours of each pixel.
 
     In whole numbers of 11 bits, cut where OpenCV's cv2.resize cuts them: so that a detector sees what evaluation saw.
+    `rows` and `columns` are `_neighbours` along each side of the resized image; the image has `width` columns.
     """
-    top_and_bottom = _neighbours(out_hw[0], size[0], new_size[0])
-    (left_W, before_W), (right_W, after_W) = _neighbours(out_hw[1], size[1], new_size[1])
+    (left_W, before_W), (right_W, after_W) = columns
 
     def along_row(y: Array) -> Array:
         def at(x_W: Array) -> Array:
-            return pixels.at[start + y * size[1] + x_W].get(mode='promise_in_bounds').astype(jnp.int32)
+            return pixels.at[start + y * width + x_W].get(mode='promise_in_bounds').astype(jnp.int32)
 
         return (at(left_W) * before_W[:, None] + at(right_W) * after_W[:, None]) >> 4
 
-    def row(above_and_below: tuple[tuple[Array, Array], tuple[Array, Array]]) -> Array:
-        top, bottom = ((along_row(y) * weight) >> 16 for y, weight in above_and_below)
+    def row(above: tuple[Array, Array], below: tuple[Array, Array]) -> Array:
+        top, bottom = ((along_row(y) * weight) >> 16 for y, weight in (above, below))
         return ((top + bottom + 2) >> 2).astype(jnp.uint8)
 
-    # A loop, or XLA would compute each pixel anew for all the taps of the network's first convolution that meet it.
-    return jax.lax.map(row, top_and_bottom, batch_size=ROWS_AT_ONCE)
+    return jax.vmap(row)(*rows)
 
 
 def _neighbours(count: int, old: Array, new: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
