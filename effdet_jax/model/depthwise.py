@@ -65,10 +65,11 @@ def _backward(
     padded, kernel = residuals
     k = kernel.shape[0]
     margin = k // 2 if stride == 1 else k // stride + 1
-    gradient = jnp.pad(gradient, ((0, 0), (margin, margin), (margin, margin), (0, 0)))  # once for both
+    below = margin + (stride == 1)  # as `_taps` wants it
+    gradient = jnp.pad(gradient, ((0, 0), (margin, below), (margin, margin), (0, 0)))  # once for both
     return (
         _input_gradient(gradient, kernel, stride, margin, size),
-        _kernel_gradient(padded, gradient, k, stride, margin).astype(kernel.dtype),
+        _kernel_gradient(padded, gradient, k, stride, margin, _strided(size, stride)).astype(kernel.dtype),
     )
 
 
@@ -92,13 +93,14 @@ def _same_padding(size: int, k: int, stride: int) -> tuple[int, int]:
 
 
 def pad_same(x: Array, k: int, stride: int, fill: float = 0.0) -> Array:
-    """SAME padding, and then enough at the end for a whole number of strides."""
+    """SAME padding, and then enough at the end for a whole number of strides; with stride 1, one row more (`_taps`)."""
     pads = []
     for size in x.shape[1:3]:
         low, high = _same_padding(size, k, stride)
         out = -(-size // stride)
         pads.append((low, max(high, (out - 1) * stride + k - size - low) + -(size + low + high) % stride))
-    return jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=fill)
+    (above, below), sides = pads
+    return jnp.pad(x, ((0, 0), (above, below + (stride == 1)), sides, (0, 0)), constant_values=fill)
 
 
 def shifted_slices(
@@ -109,29 +111,55 @@ def shifted_slices(
 
 
 def _taps(padded: Array, k: int, stride: int, height: int, width: int) -> list[tuple[int, int, Array]]:
-    """Strided slices come from one reshape: column = stride * index + phase."""
+    """Strided slices come from one reshape: column = stride * index + phase.
+
+    Without a stride, all positions are one line and the taps shifts of it, whose last columns are left out; the last
+    shift ends in the row after the padding. Of plain slices XLA takes the middle one from what was padded, and then
+    computes that twice.
+    """
     b, h, w, c = padded.shape
-    phases = padded.reshape(b, h // stride, stride, w // stride, stride, c)
-    return [
-        (i, j, phases[:, i // stride :, i % stride, j // stride :, j % stride][:, :height, :width])
-        for i in range(k)
-        for j in range(k)
-    ]
+    if stride == 1:
+        line = padded.reshape(b, h * w, c)
+
+        def tap(i: int, j: int) -> Array:
+            return line[:, i * w + j :][:, : height * w].reshape(b, height, w, c)[:, :, :width]
+    else:
+        phases = padded.reshape(b, h // stride, stride, w // stride, stride, c)
+
+        def tap(i: int, j: int) -> Array:
+            return phases[:, i // stride :, i % stride, j // stride :, j % stride][:, :height, :width]
+
+    return [(i, j, tap(i, j)) for i in range(k) for j in range(k)]
 
 
 def _strided(size: tuple[int, int], stride: int) -> tuple[int, int]:
     return -(-size[0] // stride), -(-size[1] // stride)
 
 
+TAPS_IN_CACHE = 8192  # of a kernel: so many numbers stay there beside what they meet
+CHANNELS_AT_ONCE = 192
+
+
 def _shifted(x: Array, kernel: Array, stride: int) -> Array:
-    return _sum_of_taps(
-        pad_same(x, kernel.shape[0], stride), kernel, stride, *_strided((x.shape[1], x.shape[2]), stride)
-    )
+    """Of larger kernels so many channels at a time as stay in a core's first cache from one position to the next."""
+    k, channels = kernel.shape[0], kernel.shape[-1]
+    at_once = channels if kernel.size <= TAPS_IN_CACHE else CHANNELS_AT_ONCE
+    padded, size = pad_same(x, k, stride), _strided((x.shape[1], x.shape[2]), stride)
+    parts = [
+        _sum_of_taps(padded, kernel, stride, *size, slice(first, first + at_once))
+        for first in range(0, channels, at_once)
+    ]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def _sum_of_taps(padded: Array, kernel: Array, stride: int, height: int, width: int) -> Array:
-    taps = _taps(padded, kernel.shape[0], stride, height, width)
-    return sum((tap * kernel[i, j, 0] for i, j, tap in taps), start=jnp.zeros((), padded.dtype))
+def _sum_of_taps(
+    padded: Array, kernel: Array, stride: int, height: int, width: int, channels: slice = slice(None)
+) -> Array:
+    """Row by row, as shorter chains of additions, of which a CPU has several under way."""
+    k = kernel.shape[0]
+    products = [tap[..., channels] * kernel[i, j, 0, channels] for i, j, tap in _taps(padded, k, stride, height, width)]
+    rows = [functools.reduce(jnp.add, products[first : first + k]) for first in range(0, k * k, k)]
+    return functools.reduce(jnp.add, rows)
 
 
 def _input_gradient(padded: Array, kernel: Array, stride: int, margin: int, size: tuple[int, int]) -> Array:
@@ -168,14 +196,14 @@ def _input_gradient(padded: Array, kernel: Array, stride: int, margin: int, size
 ROWS_AT_ONCE = 4  # of the kernel gradient's loop: more rows, fewer passes over the sums, a longer compilation
 
 
-def _kernel_gradient(x: Array, gradient: Array, k: int, stride: int, margin: int) -> Array:
+def _kernel_gradient(x: Array, gradient: Array, k: int, stride: int, margin: int, size: tuple[int, int]) -> Array:
     """`[k, k, 1, C]`: for each tap, the sum over images and positions of input x gradient, both padded.
 
     A plain reduction of k*k products is 4 to 11 times slower: XLA's loop over the reduced axes is scalar. Here every
     step adds a few rows of one image to k sums of shape [k, W, C], which vectorises over channels and stays in cache.
     """
     images, channels = x.shape[0], x.shape[3]
-    height, width = (n - 2 * margin for n in gradient.shape[1:3])
+    height, width = size
     rows = next(n for n in range(ROWS_AT_ONCE, 0, -1) if height % n == 0)
 
     def add_rows(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
