@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from effdet_jax.detection import boxes as box_ops
 from effdet_jax.detection import nms as suppression
+from effdet_jax.detection.selection import largest
 
 
 class Detections(NamedTuple):
@@ -18,6 +19,9 @@ class Detections(NamedTuple):
     labels: Int[Array, '*b K']  # 0-based
 
 
+FEW = 1000  # candidates that nearly always settle what is found
+
+
 def postprocess(
     class_logits: Float[Array, 'N K'],
     box_regressions: Float[Array, 'N 4'],
@@ -26,6 +30,7 @@ def postprocess(
     *,
     per_class: bool = True,
     max_candidates: int = 5000,
+    score_threshold: suppression.Number = 0.001,
     **nms_options,
 ) -> Detections:
     """Detections of one image; `vmap` it over a batch. `nms_options` are those of `nms.nms`.
@@ -34,30 +39,52 @@ def postprocess(
     and boxes suppress their own class only. Otherwise each anchor speaks for its best class and all boxes are rivals.
     Boxes are cut at `valid_size`, the height and width of the picture inside the padded input; those that lie in the
     padding are dropped.
+
+    Scores only ever fall, so no candidate beyond the `FEW` best can change what is found where even the last of it has
+    the score that the last of those began with. Only where it has not are all candidates looked at.
     """
     num_anchors, num_classes = class_logits.shape
     anchors = jnp.asarray(anchors)
-    if per_class:
-        logits_C, anchor_C, label_C = best_pairs(class_logits, min(max_candidates, num_anchors * num_classes))
-        rivals_C = label_C
-    else:
-        logits_C, anchor_C = jax.lax.top_k(class_logits.max(axis=-1), min(max_candidates, num_anchors))
-        label_C = class_logits[anchor_C].argmax(axis=-1)
-        rivals_C = jnp.zeros_like(label_C)
-    boxes_C4 = box_ops.decode(box_regressions[anchor_C], anchors[anchor_C])
-    # Out before suppression: what lies in the padding, is too large for float32 to have an IoU, or is no number.
     height, width = valid_size.astype(jnp.float32)
-    cut_C4 = box_ops.clip(boxes_C4, height, width)
-    sound_C = (box_ops.areas(cut_C4) > 0) & jnp.isfinite(box_ops.areas(boxes_C4)) & ~jnp.isnan(logits_C)
-    scores_C = jnp.where(sound_C, jax.nn.sigmoid(logits_C), -jnp.inf)
 
-    kept = suppression.nms(jnp.where(sound_C[:, None], boxes_C4, 0), scores_C, rivals_C, **nms_options)
-    used_K = kept.indices >= 0
-    return Detections(
-        cut_C4[kept.indices] * used_K[:, None],
-        kept.scores,
-        jnp.where(used_K, label_C[kept.indices], -1).astype(jnp.int32),
-    )
+    def among(count: int, class_logits: Array) -> tuple[Detections, Array]:
+        """What is found among the `count` best candidates, and whether others could not change it."""
+        if per_class:
+            logits_C, anchor_C, label_C = best_pairs(class_logits, count)
+            rivals_C = label_C
+        else:
+            logits_C, anchor_C = jax.lax.top_k(class_logits.max(axis=-1), count)
+            label_C = class_logits[anchor_C].argmax(axis=-1)
+            rivals_C = jnp.zeros_like(label_C)
+        boxes_C4 = box_ops.decode(box_regressions[anchor_C], anchors[anchor_C])
+        # Out before suppression: what lies in the padding, is too large for float32 to have an IoU, or is no number.
+        cut_C4 = box_ops.clip(boxes_C4, height, width)
+        sound_C = (box_ops.areas(cut_C4) > 0) & jnp.isfinite(box_ops.areas(boxes_C4)) & ~jnp.isnan(logits_C)
+        scores_C = jax.nn.sigmoid(logits_C)
+
+        kept = suppression.nms(
+            jnp.where(sound_C[:, None], boxes_C4, 0), jnp.where(sound_C, scores_C, -jnp.inf), rivals_C,
+            score_threshold=score_threshold, **nms_options,
+        )  # fmt: skip
+        used_K = kept.indices >= 0
+        found = Detections(
+            cut_C4[kept.indices] * used_K[:, None],
+            kept.scores,
+            jnp.where(used_K, label_C[kept.indices], -1).astype(jnp.int32),
+        )
+        return found, (kept.scores[-1] >= scores_C[-1]) | (scores_C[-1] <= score_threshold)
+
+    most = min(max_candidates, num_anchors * num_classes if per_class else num_anchors)
+    first = among(min(FEW, most), class_logits)
+    if most <= FEW:
+        return first[0]
+
+    def among_all(state: tuple[Detections, Array]) -> tuple[Detections, Array]:
+        # What does not depend on the loop's state XLA would compute ahead of it.
+        return among(most, jnp.where(state[1], -jnp.inf, class_logits))[0], jnp.array(True)
+
+    # A loop of one round or none: of a condition, vmap would run both branches.
+    return jax.lax.while_loop(lambda state: ~state[1], among_all, first)[0]
 
 
 def best_pairs(
@@ -70,11 +97,10 @@ def best_pairs(
     of these maxima: the others are out, and a search is quicker the fewer there are to choose from.
     """
     num_anchors, num_classes = class_logits.shape
-    maxima_A, anchor_A = jax.lax.top_k(class_logits.max(axis=-1), min(count, num_anchors))
-    anchor_A = jnp.sort(anchor_A)  # in their old order, so that equals stay in theirs
+    maxima_N = class_logits.max(axis=-1)
+    anchor_A = largest(maxima_N, min(count, num_anchors))  # in their old order, so that equals stay in theirs
     logits_P = class_logits[anchor_A].reshape(-1)
     if count <= num_anchors:
-        # Not maxima_A[-1], the same: XLA would take the slice for a reason to sort them all.
-        logits_P = jnp.where(logits_P < maxima_A.min(), -jnp.inf, logits_P)
+        logits_P = jnp.where(logits_P < maxima_N[anchor_A].min(), -jnp.inf, logits_P)
     logits_C, indices_C = jax.lax.top_k(logits_P, count)
     return logits_C, anchor_A[indices_C // num_classes], indices_C % num_classes

@@ -158,7 +158,7 @@ class Detector:
             merged = merge.merge(views, self._augmentation)
             kept = np.flatnonzero(merged.scores > thresholds.score)[:most]
             found = merge.Boxes(*(column[kept] for column in merged))
-        return Detections(*found, tuple(self.class_names[label] for label in found.labels))
+        return Detections(*found, tuple(self.class_names[label] for label in found.labels.tolist()))
 
 
 def make_detect_pixels(config: Any, model: EfficientDet, scale: float = 1.0) -> Callable[..., tuple[Array, ...]]:
@@ -273,8 +273,8 @@ def _one_image(found: Sequence[np.ndarray], place: int, width: int, flip: bool) 
     if flip:
         x1, y1, x2, y2 = boxes_K4.T
         boxes_K4 = np.stack([width - x2, y1, width - x1, y2], axis=1)
-    used_K = labels_K >= 0
-    return merge.Boxes(boxes_K4[used_K], scores_K[used_K], labels_K[used_K])
+    used = int(np.count_nonzero(labels_K >= 0))  # the places behind them are padding
+    return merge.Boxes(boxes_K4[:used], scores_K[:used], labels_K[:used])
 
 
 def _chosen(defaults: Thresholds, **given: float | None) -> Thresholds:
