@@ -19,7 +19,7 @@ class Detections(NamedTuple):
     labels: Int[Array, '*b K']  # 0-based
 
 
-FEW = 1000  # candidates that nearly always settle what is found
+FEW = 2000  # candidates, which nearly always settle what is found
 
 
 def postprocess(
@@ -40,15 +40,15 @@ def postprocess(
     Boxes are cut at `valid_size`, the height and width of the picture inside the padded input; those that lie in the
     padding are dropped.
 
-    Scores only ever fall, so no candidate beyond the `FEW` best can change what is found where even the last of it has
-    the score that the last of those began with. Only where it has not are all candidates looked at.
+    Scores only fall. So where even the last box found has no less than the last of the best `FEW` candidates began
+    with, those behind them cannot change anything; only where it has less are all candidates looked at.
     """
     num_anchors, num_classes = class_logits.shape
     anchors = jnp.asarray(anchors)
     height, width = valid_size.astype(jnp.float32)
 
     def among(count: int, class_logits: Array) -> tuple[Detections, Array]:
-        """What is found among the `count` best candidates, and whether others could not change it."""
+        """What is found among the `count` best candidates, and whether that is what is found among all."""
         if per_class:
             logits_C, anchor_C, label_C = best_pairs(class_logits, count)
             rivals_C = label_C
