@@ -193,7 +193,7 @@ def _input_gradient(padded: Array, kernel: Array, stride: int, margin: int, size
     return full[:, :height, :width]
 
 
-ROWS_AT_ONCE = 4  # of the kernel gradient's loop: more rows, fewer passes over the sums, a longer compilation
+ROWS_AT_ONCE = 2  # of the kernel gradient's loop: more rows, fewer passes over the sums, a longer compilation
 
 
 def _kernel_gradient(x: Array, gradient: Array, k: int, stride: int, margin: int, size: tuple[int, int]) -> Array:
