@@ -4,12 +4,16 @@ Measured in experiments/benchmarks. Options are no promise of XLA's: those that 
 """
 
 import functools
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from effdet_jax import programs, startup
+from effdet_jax import startup
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -33,9 +37,9 @@ def jit(function: Callable) -> Callable:
     return jax.jit(function, compiler_options=options(INFERENCE) or None)
 
 
-def once(program: programs.Program, function: Callable, *arguments: Any) -> Any:
+def once(function: Callable, *arguments: Any) -> Any:
     """`function(*arguments)`, compiled for this one call."""
-    return program.get(lambda: jax.jit(function).lower(*arguments), options(ONCE))(*arguments)
+    return jax.jit(function, compiler_options=options(ONCE) or None)(*arguments)
 
 
 def options(wanted: Options) -> dict[str, Any]:
@@ -50,3 +54,16 @@ def _is_known(name: str, value: Any) -> bool:
     except jax.errors.JaxRuntimeError:
         return False
     return True
+
+
+@functools.cache
+def known_flags(*flags: str) -> str:
+    """A value for XLA_FLAGS: those of `flags` ('--xla_name=value') that this version of XLA knows.
+
+    XLA aborts the process on a flag that it does not know, so another process tries them.
+    """
+    environment = os.environ | {'XLA_FLAGS': ' '.join(flags), 'JAX_PLATFORMS': 'cpu'}
+    command = [sys.executable, '-c', 'import jax; jax.devices()']
+    tried = subprocess.run(command, env=environment, capture_output=True, text=True)
+    unknown = re.search(r'Unknown flags? in XLA_FLAGS: (.*)', tried.stderr)
+    return ' '.join(flag for flag in flags if not unknown or flag not in unknown[1].split())

@@ -63,8 +63,9 @@ def _start_here(folder: Path, compiles: bool, over: Callable[[str], None]) -> No
     """Starts as `main` does; tells `over` the name of each phase when it is over."""
     import jax
 
-    from effdet_jax import compiling, train
+    from effdet_jax import train
     from effdet_jax.training import parallel
+    from effdet_jax.training.step import compile_step
 
     over('Python and imports')
     config = run_config.load(folder)
@@ -83,8 +84,8 @@ def _start_here(folder: Path, compiles: bool, over: Callable[[str], None]) -> No
     if not compiles:
         lower()
         return
-    compiled = run.train_step.program(frozen).get(lower, compiling.options(compiling.TRAINING))
-    over('compile and keep, or wait until it is read')
+    compiled = compile_step(lower())
+    over('compile, or read from the cache')
     jax.block_until_ready(compiled(state, batch))
     over('first step')
 

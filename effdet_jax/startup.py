@@ -5,6 +5,7 @@ import gc
 import hashlib
 import os
 import platform
+import stat
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -21,13 +22,9 @@ KEPT_BY_GLIBC = 32 * 2**20  # what it comes to by itself
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 WHO_GETS_HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
-is_command = False  # whether this process is one: then its functions are what its files say
-
 
 def prepare() -> None:
     """To be called before anything imports jax, and before anything is done: it may start the command once more."""
-    global is_command
-    is_command = True
     use_huge_pages()
     # Tracing makes many objects and no garbage: with Python's 700, a quarter of its time goes into looking for it.
     gc.set_threshold(OBJECTS_BEFORE_GARBAGE)
@@ -85,15 +82,22 @@ def keep_programs(environment: MutableMapping[str, str]) -> None:
         return
     try:
         folder = default_folder(environment)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write into it can run programs in our name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, 'Permission denied')
+        if _others_can_write(folder):
+            raise PermissionError(1, f'other users can write into {folder}, and so run programs in your name')
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         reason = error.strerror if isinstance(error, OSError) else error
         print(f'warning: compiled programs are not kept ({reason}): {FOLDER}=FOLDER keeps them there', file=sys.stderr)
         return
     for name, value in {FOLDER: str(folder), **SETTINGS}.items():
         environment.setdefault(name, value)
+
+
+def _others_can_write(folder: Path) -> bool:
+    found = folder.stat()
+    return os.name == 'posix' and (found.st_uid != os.getuid() or bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)))
 
 
 def default_folder(environment: MutableMapping[str, str]) -> Path:

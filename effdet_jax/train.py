@@ -186,7 +186,6 @@ def build(config: Any, workdir: Path) -> Run:
     total_steps = max(int(t.epochs * steps_per_epoch), 1)
     train_step, optimizer = map_train_step(c, model, anchors_N4, steps_per_epoch, total_steps)
     thaws_at = thaw_step(c, steps_per_epoch)
-    train_step.program(frozen=thaws_at > 0)  # is read while the rest is made
     inspection.check_before_training(c, train_source, eval_source)
     host, num_hosts = parallel.host()
     batches = iter(

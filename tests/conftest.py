@@ -6,17 +6,16 @@ import jax
 import pytest
 import tiny
 
+from effdet_jax import compiling
 from effdet_jax.configs import default
 from effdet_jax.model import build_model, cost
 
 # The tests compile much and compute little. With these, a training step compiles in a third of the time.
-os.environ['XLA_FLAGS'] = ' '.join(
-    [
-        os.environ.get('XLA_FLAGS', ''),
-        '--xla_backend_optimization_level=0',  # LLVM's; XLA's own passes stay as they are
-        '--xla_cpu_use_fusion_emitters=false',
-        '--xla_force_host_platform_device_count=4',  # some tests compare several devices with one
-    ]
+os.environ['XLA_FLAGS'] = compiling.known_flags(
+    *os.environ.get('XLA_FLAGS', '').split(),
+    '--xla_backend_optimization_level=0',  # LLVM's; XLA's own passes stay as they are
+    '--xla_cpu_use_fusion_emitters=false',
+    '--xla_force_host_platform_device_count=4',  # some tests compare several devices with one
 )
 gc.set_threshold(100_000)  # tracing makes many objects and no garbage: a quarter of its time went into looking for it
 

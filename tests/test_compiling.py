@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from effdet_jax import compiling, programs
+from effdet_jax import compiling
 from effdet_jax.training.step import compile_step
 
 FASTER_MATH = 'xla_cpu_enable_fast_math'
@@ -22,24 +22,27 @@ def test_other_platforms_are_left_alone():
     assert compiling.options({'tpu': {FASTER_MATH: True}}) == {}
 
 
+def test_flags_that_xla_does_not_know_are_left_out():
+    known = '--xla_force_host_platform_device_count=2'
+    assert compiling.known_flags(known, '--xla_no_such_flag=1', '--xla_nor_this_one') == known
+    assert compiling.known_flags(known) == known
+    assert compiling.known_flags() == ''
+
+
 def test_programs_get_the_options():
     lowered = Lowered()
     compile_step(lowered, {'one': 1})
     assert lowered.options == {**compiling.TRAINING['cpu'], 'one': 1}
     assert compiling.jit(lambda x: 2 * x)(1.0) == 2
-    assert compiling.once(programs.Program('twice', ''), lambda x: 2 * x, 1.0) == 2
+    assert compiling.once(lambda x: 2 * x, 1.0) == 2
 
 
 def test_jit_and_once_ask_for_what_their_tables_say(monkeypatch):
     tables = [compiling.options(table) for table in (compiling.INFERENCE, compiling.ONCE)]
-    asked, jit = [], jax.jit
+    asked = []
     monkeypatch.setattr(jax, 'jit', lambda function, compiler_options: asked.append(compiler_options) or function)
     compiling.jit(abs)
-    monkeypatch.setattr(jax, 'jit', jit)
-    monkeypatch.setattr(
-        programs.Program, 'get', lambda self, lower, options: asked.append(options) or lower().compile()
-    )
-    assert compiling.once(programs.Program('absolute', ''), jax.numpy.abs, -1) == 1
+    assert compiling.once(abs, -1) == 1
     assert asked == tables
 
 

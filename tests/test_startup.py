@@ -36,6 +36,16 @@ def test_where_nothing_can_be_kept_there_is_a_warning(tmp_path, capsys):
     )
 
 
+def test_a_folder_that_others_can_write_into_is_not_used(tmp_path, capsys):
+    environment = {'XDG_CACHE_HOME': str(tmp_path)}
+    startup.keep_programs(environment)
+    folder = Path(environment.pop(startup.FOLDER))
+    folder.chmod(0o770)
+    startup.keep_programs(environment)
+    assert startup.FOLDER not in environment
+    assert f'other users can write into {folder}, and so run programs in your name' in capsys.readouterr().err
+
+
 def test_another_cpu_has_another_folder(monkeypatch, tmp_path):
     environment = {'XDG_CACHE_HOME': str(tmp_path)}
     here = startup.default_folder(environment)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from effdet_jax import compiling, programs
+from effdet_jax import compiling
 from effdet_jax.records.deployed import deployed
 from effdet_jax.training.adversarial import with_auxiliary
 
@@ -34,8 +34,7 @@ class TrainState:
 def init_variables(model: nn.Module, seed: int) -> Variables:
     """Fresh parameters and batch statistics. Their shapes do not depend on the image size."""
     images = jnp.zeros((1, 64, 64, 3))
-    drawing = programs.Program('weights', repr(model))
-    return compiling.once(drawing, lambda key: model.init(key, images), jax.random.key(seed))
+    return compiling.once(lambda key: model.init(key, images), jax.random.key(seed))
 
 
 def init_state(

@@ -4,7 +4,6 @@ A batch whose loss or gradient is not finite changes nothing but the number of t
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,11 +11,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import traverse_util
 
-from effdet_jax import compiling, programs
+from effdet_jax import compiling, startup
 from effdet_jax.detection import assignment
 from effdet_jax.model import EfficientDet
 from effdet_jax.model.batch_norm import BatchNorm
@@ -45,27 +43,17 @@ class MappedStep:
     Compiled when it is first called, and once more where `frozen` changes; batches must be of one shape.
     """
 
-    def __init__(self, step: Callable, made_of: str) -> None:
-        """`made_of`: all that the step depends on, in words."""
+    def __init__(self, step: Callable) -> None:
         self._mapped = parallel.map_devices(step, donate=(0,), static=(2,))
-        self._made_of = made_of
-        self._programs: dict[bool, programs.Program] = {}
+        self._compiled: dict[bool, jax.stages.Compiled] = {}
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any], frozen: bool) -> tuple[TrainState, Metrics]:
-        if (
-            not compiling.options(compiling.TRAINING) or jax.process_count() > 1
-        ):  # then a compiled program would ask for the arrays of all hosts
-            return self._mapped(state, batch, frozen)
-        program = self.program(frozen).get(
-            lambda: self.lower(state, batch, frozen), compiling.options(compiling.TRAINING)
-        )
-        return program(state, batch)
-
-    def program(self, frozen: bool) -> programs.Program:
-        """Called early, it lets a thread read the program while the state is made."""
-        if frozen not in self._programs:
-            self._programs[frozen] = programs.Program('step', f'{self._made_of} frozen={frozen}')
-        return self._programs[frozen]
+        if not compiling.options(compiling.TRAINING) or jax.process_count() > 1:
+            return self._mapped(state, batch, frozen)  # of several hosts, a compiled program would want all arrays
+        if frozen not in self._compiled:
+            self._compiled[frozen] = compile_step(self.lower(state, batch, frozen))
+            startup.give_back_memory()
+        return self._compiled[frozen](state, batch)
 
     def lower(self, state: TrainState, batch: Mapping[str, Any], frozen: bool) -> jax.stages.Lowered:
         """Arrays, or shapes of arrays."""
@@ -86,9 +74,7 @@ def map_train_step(
       UserError: as `make_optimizer` and `make_train_step`.
     """
     optimizer, schedule = make_optimizer(config, steps_per_epoch, total_steps)
-    anchors = hashlib.sha256(np.asarray(anchors_N4).tobytes()).hexdigest()
-    made_of = f'{config!r} {model!r} {steps_per_epoch} {total_steps} {anchors}'
-    return MappedStep(make_train_step(config, model, optimizer, schedule, anchors_N4), made_of), optimizer
+    return MappedStep(make_train_step(config, model, optimizer, schedule, anchors_N4)), optimizer
 
 
 def make_train_step(

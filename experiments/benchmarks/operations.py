@@ -51,6 +51,7 @@ OUR_KINDS = (
     (r'/backbone/', DEPTHWISE),
 )
 CALLS = 7
+IN_ORDER = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 ALIGNMENT = 16  # ONNX Runtime fills channels up to a multiple of it
 
 
@@ -87,10 +88,12 @@ def main(arguments: list[str]) -> None:
 
 def _run(module: str, *arguments: str) -> str:
     """What a child prints. One core: XLA then runs what it could run side by side in the order of the program."""
+    from effdet_jax import compiling  # only now: it imports jax
+
     environment = os.environ | {
         'JAX_COMPILATION_CACHE_DIR': '',
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': '--xla_cpu_enable_concurrency_optimized_scheduler=false' if arguments[-1] == '1' else '',
+        'XLA_FLAGS': compiling.known_flags(IN_ORDER) if arguments[-1] == '1' else '',
     }
     command = [sys.executable, '-m', module, *arguments]
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
