@@ -68,7 +68,7 @@ def export(workdir: Path, out: Path, format_name: str, outputs: str, batch: int 
     if (format_name, outputs) == ('savedmodel', 'boxes'):
         batch = batch or 1  # TensorFlow refuses top_k of a batch whose size is open ("dynamic_iota has dynamic shapes")
     detector, config = Detector.load(workdir, batch_size=batch or IMAGES), run_config.load(workdir)
-    step, variables = load_variables(workdir)
+    step, variables = load_variables(workdir, config.checkpoint.best)
     original = Original(config, detector, jax.tree.map(jnp.asarray, fold(variables)), step)
     make, compare = {'boxes': (boxes_program, _compare_boxes), 'raw': (raw_program, _compare_raw)}[outputs]
     program = make(original, batch)

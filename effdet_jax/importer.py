@@ -90,7 +90,7 @@ def import_weights(
         _write_json(workdir / 'import.json', _account(source, preset, matched, found, allowed))
         if certified:
             _write_json(workdir / 'certificate.json', [row._asdict() for row in certified])
-        checkpoints = Checkpoints(workdir)
+        checkpoints = Checkpoints(workdir, best=config.checkpoint.best)
         checkpoints.save(0, {'variables': variables}, {}, run_config.to_json(config))
         checkpoints.close()
     except OSError as error:

@@ -276,8 +276,9 @@ def remember_classes(config: Any, source: data.Source, category_ids: Sequence[in
 
 def start_from(workdir: Path, fresh: Variables, config: Any) -> Variables:
     """`fresh` with the best weights of another run; prints what was loaded, and what it was used to see."""
-    step, weights = load_variables(workdir)
-    for key, theirs, ours in run_config.differences(run_config.load(workdir), config, MEANING_OF_WEIGHTS):
+    their_config = run_config.load(workdir)
+    step, weights = load_variables(workdir, their_config.checkpoint.best)
+    for key, theirs, ours in run_config.differences(their_config, config, MEANING_OF_WEIGHTS):
         say(f'note: {workdir} was trained with {key}={theirs}, this run has {ours}')
     variables, rows = transfer(fresh, weights)
     title = f'starting from {workdir}, step {step}'
@@ -317,7 +318,7 @@ def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
     inspection.check_before_training(config, train_source, source)
     remember_classes(config, source, config.dataset.category_ids)
     run_config.refuse_another(config, workdir, only=run_config.NETWORK_KEYS)
-    step, variables = load_variables(workdir)
+    step, variables = load_variables(workdir, config.checkpoint.best)
     say(f'evaluating {workdir}, step {step}, on {len(source)} images')
     detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
     metrics, found = evaluate.make_evaluate(config, source, detect)(parallel.replicate(variables))

@@ -50,7 +50,7 @@ def refused(tmp_path):
 def imported(source, workdir, config=None, **options):
     """Our variables of the work directory, flat, and its import.json."""
     importer.import_weights(config or imports.config(), source, workdir, **options)
-    _, variables = load_variables(workdir)
+    _, variables = load_variables(workdir, 'eval/AP')
     return traverse_util.flatten_dict(variables), json.loads((workdir / 'import.json').read_text())
 
 
@@ -460,4 +460,4 @@ def test_a_backbone_is_no_detector(tmp_path):
     importer.import_weights(config, imports.file(tmp_path, arrays), tmp_path / 'imported')
     with pytest.raises(UserError, match='a backbone alone: train a detector'):
         Detector.load(tmp_path / 'imported')
-    assert jax.tree.leaves(load_variables(tmp_path / 'imported')[1])
+    assert jax.tree.leaves(load_variables(tmp_path / 'imported', 'eval/AP')[1])

@@ -150,7 +150,7 @@ def test_the_last_checkpoints_are_there_and_the_best(finished_run):
     ap = {row['step']: row['eval/AP'] for row in read_metrics(workdir / 'metrics.jsonl') if 'eval/AP' in row}
     best = max(ap, key=ap.get)
     assert {int(path.name) for path in (workdir / 'checkpoints').iterdir()} == {best, 6, 8}
-    assert load_variables(workdir)[0] == best
+    assert load_variables(workdir, 'eval/AP')[0] == best
 
 
 # Interrupted and started again.
@@ -222,7 +222,7 @@ def test_starting_from_its_weights_takes_all_of_them_and_says_so(finished_run, f
     workdir, _, _ = finished_run
     with metrics.console.capture() as printed:
         variables = train.start_from(workdir, fresh.variables, tiny.config())
-    step, expected = load_variables(workdir)
+    step, expected = load_variables(workdir, 'eval/AP')
     assert_same(variables, expected)
     assert f'starting from {workdir}, step {step}' in printed.get()
     assert '| part ' in printed.get()

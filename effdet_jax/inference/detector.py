@@ -83,7 +83,8 @@ class Detector:
                 'these weights are a backbone alone: train a detector from them with config.train.init_from'
             )
         model = build_model(config.model, len(config.dataset.class_names))
-        variables = jax.device_put(fold(checkpoint.load_variables(Path(workdir))[1]))
+        _, variables = checkpoint.load_variables(Path(workdir), config.checkpoint.best)
+        variables = jax.device_put(fold(variables))
         if augmentation:  # the faded copies that soft NMS leaves would pull down the averages that merging takes
             config.eval.nms = 'hard'
         scales = augmentation.scales if augmentation else (1.0,)

@@ -5,11 +5,15 @@ looks like a checkpoint. What happens to the files afterwards is noticed by `con
 every array, taken from memory before it was written.
 """
 
+import contextlib
+import errno
 import json
+import math
+import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +21,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from orbax.checkpoint import checkpoint_managers
 
 from effdet_jax.errors import UserError
 from effdet_jax.records.deployed import deployed
+from effdet_jax.records.files import sync_tree
 from effdet_jax.records.metrics import warn
 
 Contents = dict[str, list[Any]]  # path in the tree -> [shape, CRC-32]
@@ -67,17 +71,13 @@ class Checkpoints:
         """
         self.check(wait=True)
         state = jax.tree.map(np.asarray, state)  # Orbax would return a NumPy scalar as a Python number
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
-            data=ocp.args.JsonSave(dict(data_position)),
-            config=ocp.args.JsonSave(dict(config)),
-            contents=ocp.args.JsonSave(_contents(state)),
-        )
+        documents = {'data': data_position, 'config': config, 'contents': _contents(state), 'metrics': metrics}
+        saved = {name: ocp.args.JsonSave(dict(content)) for name, content in documents.items() if content is not None}
         self._in_writing = step
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager.save(step, args=items, metrics=dict(metrics) if metrics else None)
-        except (OSError, ValueError) as error:
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), **saved))
+        except Exception as error:  # whatever a writer makes of a disk that refuses
             self._refused(error)
 
     def check(self, wait: bool = False) -> None:
@@ -90,26 +90,35 @@ class Checkpoints:
             return
         try:
             self._manager.wait_until_finished()
-            self._in_writing, self._unsaved = None, ''
-        except (OSError, ValueError) as error:
+            sync_tree(self.folder / str(self._in_writing))  # Orbax does so with the arrays alone
+        except Exception as error:
             self._refused(error)
+            return
+        self._in_writing, self._unsaved = None, ''
+        kept = {self.best_step(), *sorted(self._manager.all_steps())[-self._keep :]}
+        for step in self._manager.all_steps():
+            if step not in kept:  # only now: an older one must outlive a power cut that the newest does not
+                self._manager.delete(step)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step with the best metric; the latest where none was evaluated."""
-        best = self._manager.best_step()
-        return self._manager.latest_step() if best is None else best
+        """The step with the best metric, of equal ones the last; the latest where none was evaluated."""
+        scores = {step: self._score(step) for step in self._manager.all_steps()}
+        evaluated = [step for step, score in scores.items() if not math.isnan(score)]
+        return max(evaluated, key=lambda step: (scores[step], step), default=self.latest_step())
 
     def restore_latest(self, state_like: Any) -> tuple[int, Restored] | None:
         """(step, what is needed to go on) of the newest checkpoint that is whole; None where nothing was ever saved.
 
-        DamagedError ones are set aside, with a message. Only for the process that owns the work directory.
+        Damaged ones are moved to `checkpoints-damaged`, with a message, and what an interrupted save has left is
+        removed. Only for the process that owns the work directory.
 
         Raises:
-          UserError: where all are damaged, or one is whole and holds another state.
+          UserError: where all are damaged, the system refuses to read one, or one is whole and holds another state.
         """
+        self._remove_unfinished()
         set_aside = None
         while (step := self.latest_step()) is not None:
             try:
@@ -130,7 +139,7 @@ class Checkpoints:
 
         Raises:
           DamagedError: where the files are not what was saved.
-          UserError: where the checkpoint holds another state.
+          UserError: where the checkpoint holds another state, or the system refuses to read it.
         """
         contents = self._contents(step)
         wanted = {name: list(np.shape(leaf)) for name, leaf in _leaves(state_like)}
@@ -139,7 +148,7 @@ class Checkpoints:
                 f'{self.folder / str(step)} does not hold the state of this model ({reason}): choose another --workdir'
             )
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(state_like), data=ocp.args.JsonRestore())
-        _check_arrays(self.folder / str(step) / 'state')
+        self._check_arrays(step)
         restored = self._read(step, items)
         _compare(restored.state, contents)
         return Restored(restored.state, restored.data)
@@ -149,13 +158,12 @@ class Checkpoints:
 
         Raises:
           DamagedError: where the files are not what was saved.
+          UserError: where the system refuses to read them.
         """
         contents = self._contents(step)
-        _check_arrays(self.folder / str(step) / 'state')
-        try:
+        self._check_arrays(step)
+        with self._reading(step):
             tree = self._manager.item_metadata(step).state.tree  # type: ignore[union-attr]
-        except Exception as error:
-            raise DamagedError(_one_line(error)) from error
         name, variables = deployed(tree)
         wanted = ocp.args.PyTreeRestore(item={name: variables}, partial_restore=True)
         restored = self._read(step, ocp.args.Composite(state=wanted)).state
@@ -177,22 +185,9 @@ class Checkpoints:
             )
 
     def _open(self) -> ocp.CheckpointManager:
-        def metric(metrics: Mapping[str, float]) -> float:
-            return metrics[self._best]
-
-        policies = [
-            checkpoint_managers.LatestN(self._keep),
-            checkpoint_managers.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False),
-        ]
-        for path in self.folder.glob('[0-9]*/metrics/metrics'):  # Orbax would read them all, and fail
-            try:
-                json.loads(path.read_text())
-            except ValueError as error:
-                _set_aside(path.parents[1], DamagedError(f'metrics: {_one_line(error)}'))
         process = jax.process_index()
-        options = ocp.CheckpointManagerOptions(
-            best_fn=metric,
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        options = ocp.CheckpointManagerOptions(  # it keeps all: `check` deletes, and `best_step` compares
+            lightweight_initialize=True,  # else it reads the metrics of all checkpoints, and fails at a damaged one
             create=False,  # the first save makes the folder: a run that cannot start leaves none behind
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=process, active_processes={process}, barrier_sync_key_prefix=f'process{process}'
@@ -200,23 +195,54 @@ class Checkpoints:
         )
         handlers = {'state': ocp.PyTreeCheckpointHandler()}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in ('data', 'config', 'contents')}
+        handlers['metrics'] = ocp.JsonCheckpointHandler('metrics')  # the name that Orbax gives this file
         return _Manager(self.folder, item_names=tuple(handlers), item_handlers=handlers, options=options)
 
     def _contents(self, step: int) -> Contents:
         return self._read(step, ocp.args.Composite(contents=ocp.args.JsonRestore())).contents
 
     def _read(self, step: int, items: Any) -> Any:
-        try:
+        with self._reading(step):
             return self._manager.restore(step, args=items)
+
+    def _score(self, step: int) -> float:
+        """The metric that decides which one is best; NaN where there is none."""
+        try:
+            return float(json.loads((self.folder / str(step) / 'metrics' / 'metrics').read_text())[self._best])
+        except (OSError, ValueError, LookupError, TypeError):  # not evaluated, or damaged
+            return math.nan
+
+    def _check_arrays(self, step: int) -> None:
+        """Reads all files, one after the other: Orbax, reading them at once, prints a traceback for each bad one."""
+        with self._reading(step):
+            base = f'file://{self.folder}/{step}/state/'
+            store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
+            for key in store.list().result():
+                store.read(key).result()
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Tells damaged files, a DamagedError, from a system that does not let us read them, a UserError."""
+        try:
+            yield
         except Exception as error:  # whatever a parser or a decoder makes of damaged files
+            if reason := _refusal(error):
+                raise UserError(
+                    f'{self.folder / str(step)} cannot be read ({reason}): nothing was changed; start again when it can'
+                ) from error
             raise DamagedError(_one_line(error)) from error
+
+    def _remove_unfinished(self) -> None:
+        with contextlib.suppress(OSError):  # it only takes up room
+            for attempt in self.folder.glob('*.orbax-checkpoint-tmp*'):
+                shutil.rmtree(attempt, ignore_errors=True)
 
     def _refused(self, error: Exception) -> None:
         """The disk took no checkpoint: clears away the attempt, so that there may be room for the next one."""
         reason, step, self._in_writing = _one_line(error), self._in_writing, None
-        for attempt in self.folder.glob('*.orbax-checkpoint-tmp*'):
-            shutil.rmtree(attempt, ignore_errors=True)
-        self._manager = self._open()  # it believes that the new one is there and that old ones are gone
+        self._remove_unfinished()
+        shutil.rmtree(self.folder / str(step), ignore_errors=True)  # there, but not safely on the disk
+        self._manager = self._open()  # the old one believes that the new checkpoint is there
         safe = self.latest_step()
         if safe is None:
             raise UserError(
@@ -237,21 +263,19 @@ class _Manager(ocp.CheckpointManager):
 
 
 def has_checkpoints(workdir: Path) -> bool:
-    """Whether a run has saved anything there. Looks only."""
-    return any((workdir / 'checkpoints').glob('[0-9]*'))
+    """Whether a run has saved anything there, and finished saving it. Looks only."""
+    return any(path.name.isdecimal() for path in (workdir / 'checkpoints').glob('*'))
 
 
-def load_variables(workdir: Path) -> tuple[int, dict[str, Any]]:
-    """(step, weights) of the best checkpoint of a run.
+def load_variables(workdir: Path, best: str) -> tuple[int, dict[str, Any]]:
+    """(step, weights) of the best checkpoint of a run, by the metric `best`: its config.checkpoint.best.
 
     Raises:
-      UserError: where there is none, or it is damaged.
+      UserError: where there is none, it is damaged, or cannot be read.
     """
-    if not has_checkpoints(workdir):
+    checkpoints = Checkpoints(workdir, best=best)
+    if (step := checkpoints.best_step()) is None:
         raise UserError(f'{workdir} holds no checkpoints: give the --workdir of a training run that has saved one')
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.best_step()
-    assert step is not None
     try:
         variables = checkpoints.variables(step)
     except DamagedError as damage:
@@ -272,16 +296,6 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
 
 def _contents(tree: Any) -> Contents:
     return {name: [list(leaf.shape), zlib.crc32(leaf.tobytes())] for name, leaf in _leaves(tree)}
-
-
-def _check_arrays(folder: Path) -> None:
-    """Reads all files once, one after the other: Orbax, reading them at once, prints a traceback for each bad one."""
-    try:
-        store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'file://{folder}/'}).result()
-        for key in store.list().result():
-            store.read(key).result()
-    except ValueError as error:
-        raise DamagedError(_one_line(error)) from error
 
 
 def _compare(tree: Any, contents: Contents) -> None:
@@ -307,6 +321,22 @@ def _set_aside(folder: Path, damage: DamagedError) -> Path:
     folder.rename(place)
     warn(f'the checkpoint of step {folder.name} is damaged ({damage}): set aside as {place}')
     return place
+
+
+def _refusal(error: BaseException | None) -> str:
+    """Why the system did not let us read (too many open files, no memory, a stale handle, no permission).
+
+    '' where it did: what was read, or is missing, is then to blame.
+    """
+    while error:
+        told = re.search(r"os_error_code='?(\d+)", str(error))  # by TensorStore, in a ValueError
+        number = int(told[1]) if told else getattr(error, 'errno', None)
+        if isinstance(error, MemoryError):
+            number = errno.ENOMEM
+        if number:
+            return '' if number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR) else os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return ''
 
 
 def _one_line(error: Exception) -> str:

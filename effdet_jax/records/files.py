@@ -18,9 +18,34 @@ MAX_WAITING = 1 << 26  # bytes of records that wait for a disk to take them
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path` and renames, so that a reader or a crash sees the old file or the new one. Makes folders."""
+    """Writes beside `path` and renames, so that a reader or a crash sees the old file or the new one. Makes folders.
+
+    Returns once the disk has it: a power cut does not undo it, and never leaves an empty file.
+    """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+        sync(temporary)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns once the disk has what a file holds, or which names a folder has."""
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not is_folder:  # some file systems, and Windows, cannot sync a folder
+            raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Returns once the disk has everything below `folder`, and `folder` itself."""
+    for path in (*folder.rglob('*'), folder, folder.parent):
+        sync(path)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from effdet_jax.errors import UserError
-from effdet_jax.records.files import write_atomically
+from effdet_jax.records.files import replacing
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; further classes get darker and lighter shades of them.
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (0, 114, 178), (213, 94, 0))
@@ -106,7 +106,8 @@ def write_image(path: Path, rgb: UInt8[np.ndarray, 'H W 3']) -> None:
     if path.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'):
         raise UserError(f'{path}: cannot write a picture of this type; end the name in .png, .jpg or .webp')
     _, content = cv2.imencode(path.suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-    write_atomically(path, content.tobytes())
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.tobytes())
 
 
 def class_color(label: int) -> tuple[int, int, int]:

@@ -31,7 +31,8 @@ CLASS_NAMES = {
 
 
 def main(workdir: str, source: str, *photographs: str) -> None:
-    config, (_, variables) = run_config.load(Path(workdir)), load_variables(Path(workdir))
+    config = run_config.load(Path(workdir))
+    _, variables = load_variables(Path(workdir), config.checkpoint.best)
     backbone = efficientnet.EfficientNet(config.model.backbone, 0.0, layers.Norm())
     of_backbone = {collection: tree['backbone'] for collection, tree in variables.items()}
     features = jax.jit(lambda images: backbone.apply(of_backbone, images, train=False)[5])

@@ -35,7 +35,7 @@ class FittingSizes(tiny.ManySizes):
 def test_it_finds_what_evaluation_finds(detector, finished_run):
     config, source = tiny.config(), FittingSizes(4)
     detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
-    variables = parallel.replicate(load_variables(finished_run[0])[1])
+    variables = parallel.replicate(load_variables(finished_run[0], 'eval/AP')[1])
     _, found = evaluate.make_evaluate(config, source, detect)(variables)
     for index, (_, expected) in found.items():
         detections = detector(source[index].image)

@@ -48,7 +48,7 @@ def photographs(imported):
     config, workdir = imported
     model = build_model(config.model, 90)
     apply = jax.jit(model.apply)
-    _, variables = load_variables(workdir)
+    _, variables = load_variables(workdir, 'eval/AP')
     cases = []
     for path in sorted(PHOTOGRAPHS.glob('*.jpg'))[:5]:
         image = read_image(path)

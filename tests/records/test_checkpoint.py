@@ -1,4 +1,9 @@
+import errno
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +85,16 @@ def test_best_is_by_the_metric_that_was_named(tmp_path):
         save(checkpoints, step, ap)
     checkpoints.close()
     assert steps_in(tmp_path) == [1, 3]
+    assert load_variables(tmp_path, 'eval/AP50')[0] == 1
+    assert load_variables(tmp_path, 'eval/AP')[0] == 3  # of those that are left
+
+
+def test_a_metric_that_is_not_a_number_is_never_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step, ap in enumerate([0.3, np.nan, 0.2], start=1):
+        save(checkpoints, step, ap)
+    checkpoints.close()
+    assert steps_in(tmp_path) == [1, 3] and Checkpoints(tmp_path).best_step() == 1
 
 
 def test_before_the_first_evaluation_the_latest_is_the_best(tmp_path):
@@ -96,7 +111,7 @@ def test_the_average_is_what_is_deployed(tmp_path):
     save(checkpoints, 1, ap=0.5)
     save(checkpoints, 2, ap=0.4)
     checkpoints.close()
-    step, variables = load_variables(tmp_path)
+    step, variables = load_variables(tmp_path, 'eval/AP')
     assert step == 1
     assert_same(variables, state(1).ema)
 
@@ -105,7 +120,7 @@ def test_without_an_average_the_variables_are_deployed(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, saved=state(1, ema_decay=0.0))
     checkpoints.close()
-    assert_same(load_variables(tmp_path)[1], state(1).variables)
+    assert_same(load_variables(tmp_path, 'eval/AP')[1], state(1).variables)
 
 
 @pytest.mark.parametrize('wanted', [state(width=4), state(ema_decay=0.0)], ids=['another shape', 'another tree'])
@@ -122,13 +137,79 @@ def test_the_state_of_another_model_is_refused(tmp_path, wanted):
 def test_where_there_is_no_checkpoint_the_message_says_so(tmp_path):
     assert not has_checkpoints(tmp_path)
     with pytest.raises(UserError, match='holds no checkpoints: give the --workdir of a training run'):
-        load_variables(tmp_path)
+        load_variables(tmp_path, 'eval/AP')
     assert list(tmp_path.iterdir()) == []
     Checkpoints(tmp_path).close()
     assert list(tmp_path.iterdir()) == []  # the first save makes the folder
     (tmp_path / 'checkpoints').mkdir()
     with pytest.raises(UserError, match='holds no checkpoints'):
-        load_variables(tmp_path)
+        load_variables(tmp_path, 'eval/AP')
+
+
+def test_an_unfinished_save_is_no_checkpoint(tmp_path):
+    """What a run leaves that is killed in its first save."""
+    saved = Checkpoints(tmp_path / 'saved')
+    save(saved, 4, ap=0.5)
+    saved.close()
+    killed = tmp_path / 'killed'
+    unfinished = killed / 'checkpoints/4.orbax-checkpoint-tmp'
+    shutil.copytree(tmp_path / 'saved/checkpoints/4', unfinished)
+    (unfinished / 'metrics/metrics').write_text('{"eval/A')
+    assert not has_checkpoints(killed)
+    with pytest.raises(UserError, match='holds no checkpoints'):
+        load_variables(killed, 'eval/AP')
+    assert unfinished.exists() and not (killed / 'checkpoints-damaged').exists()  # whoever reads changes nothing
+    checkpoints = Checkpoints(killed)
+    assert checkpoints.restore_latest(state()) is None
+    assert not unfinished.exists()
+    save(checkpoints, 4)
+    checkpoints.close()
+    assert has_checkpoints(killed) and steps_in(killed) == [4]
+
+
+def test_the_older_one_stays_until_all_of_the_newer_is_on_the_disk(tmp_path, monkeypatch):
+    """A power cut may come at any time."""
+    synced, there = [], []
+
+    def fsync(descriptor):
+        synced.append(str(Path(f'/proc/self/fd/{descriptor}').readlink()))
+        there.append(steps_in(tmp_path))
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1)
+    checkpoints.check(wait=True)
+    save(checkpoints, 2)
+    checkpoints._manager.wait_until_finished()
+    assert steps_in(tmp_path) == [1, 2]
+    monkeypatch.setattr(os, 'fsync', fsync)
+    checkpoints.check(wait=True)
+    assert steps_in(tmp_path) == [2]
+    assert there and all(steps == [1, 2] for steps in there)
+    folder = tmp_path / 'checkpoints'
+    assert {str(path) for path in (folder, folder / '2', *(folder / '2').rglob('*'))} <= set(synced)
+
+
+@pytest.mark.parametrize('error', [KeyError('gs://'), RuntimeError('writer'), OSError(errno.EIO, 'broken')])
+def test_whatever_the_writer_raises_is_a_refused_save(tmp_path, monkeypatch, error):
+    checkpoints = Checkpoints(tmp_path)
+
+    def refuse(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, 'save', refuse)
+        with pytest.raises(UserError, match=r'the first checkpoint, of step 1, could not be written'):
+            save(checkpoints, 1)
+    assert steps_in(tmp_path) == []
+    save(checkpoints, 2)
+    checkpoints.check(wait=True)
+    save(checkpoints, 3)
+    checkpoints._manager.wait_until_finished()
+    monkeypatch.setattr(checkpoints._manager, 'wait_until_finished', refuse)
+    with metrics.console.capture() as printed:
+        checkpoints.check(wait=True)
+    assert 'step 2 is safe' in ' '.join(printed.get().split())
+    assert steps_in(tmp_path) == [2] and checkpoints.latest_step() == 2
 
 
 # Damaged files.
@@ -170,7 +251,7 @@ def test_whatever_file_is_truncated_only_whole_states_are_restored(two_saved, tm
             assert steps_in(workdir) == [1]
             set_aside.add(file.split('/')[2])
         shutil.rmtree(workdir)
-    assert set_aside >= {'state', 'data', 'contents', 'metrics'}
+    assert set_aside >= {'state', 'data', 'contents'}  # without its metrics a checkpoint still continues
 
 
 def test_a_changed_bit_is_noticed_and_the_message_says_what_was_done(two_saved, tmp_path):
@@ -182,7 +263,7 @@ def test_a_changed_bit_is_noticed_and_the_message_says_what_was_done(two_saved, 
     with pytest.raises(
         UserError, match=r'checkpoints/2 is damaged \(.*\): move it away, and the next best one is used'
     ):
-        load_variables(workdir)
+        load_variables(workdir, 'eval/AP')
     with metrics.console.capture() as printed:
         step, _ = Checkpoints(workdir).restore_latest(state())
     assert step == 1
@@ -197,7 +278,60 @@ def test_an_array_that_is_not_what_was_saved_is_noticed_where_all_files_are_well
     with pytest.raises(DamagedError, match='is not what was saved'):
         Checkpoints(workdir).restore(2, state())
     with pytest.raises(UserError, match='is not what was saved'):
-        load_variables(workdir)
+        load_variables(workdir, 'eval/AP')
+
+
+REFUSALS = {
+    'too many open files': OSError(errno.EMFILE, 'Too many open files'),
+    'stale': OSError(errno.ESTALE, 'Stale file handle'),
+    'told by TensorStore': ValueError("UNKNOWN: Error opening file [os_error_code='24'] [source locations='a.cc:1']"),
+    'no memory': MemoryError(),
+    'no permission': PermissionError(errno.EACCES, 'Permission denied'),
+}
+
+
+@pytest.mark.parametrize('error', REFUSALS.values(), ids=REFUSALS)
+def test_a_system_that_refuses_to_read_is_no_damage(two_saved, tmp_path, monkeypatch, error):
+    workdir = shutil.copytree(two_saved, tmp_path / 'run')
+    checkpoints = Checkpoints(workdir, keep=2)
+
+    def refuse(*args, **kwargs):
+        raise ValueError('cannot restore') from error
+
+    monkeypatch.setattr(checkpoints._manager, 'restore', refuse)
+    with pytest.raises(UserError, match=r'checkpoints/2 cannot be read \(.*\): nothing was changed; start again'):
+        checkpoints.restore_latest(state())
+    assert steps_in(workdir) == [1, 2] and not (workdir / 'checkpoints-damaged').exists()
+
+
+def test_with_no_file_left_to_open_nothing_is_moved(two_saved, tmp_path):
+    """The real thing, in a process of its own: nothing else can go on without files."""
+    workdir = shutil.copytree(two_saved, tmp_path / 'run')
+    code = """
+import os, resource, sys
+from pathlib import Path
+from effdet_jax.errors import UserError
+from effdet_jax.records.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
+open_files = len(os.listdir('/proc/self/fd'))
+resource.setrlimit(resource.RLIMIT_NOFILE, (open_files - 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+try:
+    checkpoints.restore_latest({})
+except UserError as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+    told = subprocess.run([sys.executable, '-c', code, str(workdir)], capture_output=True, text=True)
+    assert 'checkpoints/2 cannot be read (Too many open files): nothing was changed' in told.stdout, told.stderr
+    assert steps_in(workdir) == [1, 2] and not (workdir / 'checkpoints-damaged').exists()
+
+
+def test_a_reader_of_a_damaged_metric_moves_nothing(two_saved, tmp_path):
+    """The run may be going on in another process."""
+    workdir = shutil.copytree(two_saved, tmp_path / 'run')
+    (workdir / 'checkpoints/2/metrics/metrics').write_text('{"eval/A')
+    assert load_variables(workdir, 'eval/AP')[0] == 1
+    assert steps_in(workdir) == [1, 2]
 
 
 def test_where_all_are_damaged_nothing_starts_from_zero(two_saved, tmp_path):

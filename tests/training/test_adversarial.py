@@ -303,10 +303,10 @@ def test_a_continued_run_ends_with_the_same_state_to_the_bit(runs):
 
 def test_only_the_main_norms_leave_the_training(runs):
     """A detector, and a run that starts from these weights, whose auxiliary norms are copies of the main ones."""
-    _, variables = load_variables(runs[0])
+    _, variables = load_variables(runs[0], 'eval/AP')
     assert jax.tree.structure(variables) == jax.tree.structure(init_variables(tiny.toy(5), 0))
     (state, _) = states_of(runs)
-    if load_variables(runs[0])[0] == tiny.STEPS:
+    if load_variables(runs[0], 'eval/AP')[0] == tiny.STEPS:
         assert_same(variables, adversarial.main(state.ema))
     assert_same(state.best_variables, adversarial.main(state.ema))
     assert len(Detector.load(runs[0])(np.zeros((64, 64, 3), np.uint8))) > 0
