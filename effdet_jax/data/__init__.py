@@ -4,7 +4,7 @@ from effdet_jax.data.checks import KINDS, Finding, clean
 from effdet_jax.data.example import Annotations, Example
 from effdet_jax.data.listing import Listing
 from effdet_jax.data.pipeline import EvalBatch, Unreadable, check_unreadable, eval_batches, load, train_batches
-from effdet_jax.data.sources import CheckableSource, Source, open_source, resolve_split
+from effdet_jax.data.sources import CheckableSource, Source, fingerprint, open_source, resolve_split
 from effdet_jax.data.speed import stage_rates
 from effdet_jax.data.transforms import decode, image_size, read_image, resize_and_pad
 
@@ -22,6 +22,7 @@ __all__ = [
     'clean',
     'decode',
     'eval_batches',
+    'fingerprint',
     'image_size',
     'load',
     'open_source',

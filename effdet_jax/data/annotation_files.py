@@ -67,6 +67,10 @@ class AnnotatedFiles:
         """All of it: it is in memory."""
         return self._listing
 
+    def fingerprint(self) -> str:
+        """Of file names and annotations."""
+        return self._listing.fingerprint
+
     def _stated(self, index: int) -> Annotations:
         image, objects = self._listing.images[index], slice(*self._starts[index : index + 2])
         return Annotations(

@@ -1,8 +1,10 @@
 """All images of a split and all their objects in flat arrays, exactly as the files describe them: nothing is mended."""
 
 import dataclasses
+import hashlib
 import math
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,6 +69,15 @@ class Listing:
     def where(self, number: int) -> str:
         """File and place of an object."""
         return f'{self.images[self.image_of[number]].where}{self.numbers[number]}'
+
+    @property
+    def fingerprint(self) -> str:
+        """Of class names, file names and objects, in their order; not of the folder that all images lie in."""
+        files = [os.path.normpath(image.file) for image in self.images]
+        folder = os.path.commonpath({os.path.dirname(file) for file in files} or {''})  # noqa: PTH120
+        names = [unicodedata.normalize('NFC', file.removeprefix(folder).lstrip(os.sep)) for file in files]
+        arrays = (self.image_of, self.boxes_yxyx, self.labels, self.is_crowd, self.is_difficult)
+        return digest(self.class_names, names, *arrays)
 
 
 def make_listing(
@@ -144,6 +155,15 @@ def join(listings: Sequence[Listing], lengths: Sequence[int]) -> Listing:
         faults=tuple(fault for listing in listings for fault in listing.faults),
         sampled=any(listing.sampled for listing in listings),
     )
+
+
+def digest(*parts: Any) -> str:
+    """Hex digest of texts, sequences of texts and arrays."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        content = part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode('utf-8', 'backslashreplace')
+        hasher.update(f'{type(part).__name__} {len(content)} '.encode() + content)
+    return hasher.hexdigest()
 
 
 def finite_numbers(values: Any, count: int) -> list[float]:

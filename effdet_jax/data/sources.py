@@ -24,7 +24,7 @@ from effdet_jax.data import shapes
 from effdet_jax.data.annotation_files import AnnotatedFiles
 from effdet_jax.data.checks import Finding
 from effdet_jax.data.example import Annotations, Example
-from effdet_jax.data.listing import ImageRow, Listing, Track, join, list_some
+from effdet_jax.data.listing import ImageRow, Listing, Track, digest, join, list_some
 from effdet_jax.data.read_coco import read_coco
 from effdet_jax.data.read_csv import read_csv
 from effdet_jax.data.read_voc import read_voc
@@ -66,6 +66,19 @@ class CheckableSource(Source, Protocol):
     def listing(self, most: int, track: Track) -> Listing:
         """All annotations as they stand; of about `most` images where each must be read or drawn for it."""
         ...
+
+    def fingerprint(self) -> str:
+        """What `data.fingerprint` returns."""
+        ...
+
+
+def fingerprint(source: CheckableSource) -> str:
+    """32 hex digits that say whether two sources hold the same images and annotations, in the same order.
+
+    Annotated files: of class names, file names, boxes and labels; moved to another folder, they keep it. A prepared
+    dataset: of its name, version, split and length. Drawn pictures: of their range. No image is read.
+    """
+    return source.fingerprint()
 
 
 def open_source(
@@ -128,6 +141,10 @@ class Shapes:
         """Of at most `most` pictures."""
         return list_some(self._read, self.class_names, self.category_ids, len(self), most, track)
 
+    def fingerprint(self) -> str:
+        """Of the range."""
+        return digest('shapes', self._indices)
+
     def _read(self, index: int) -> tuple[ImageRow, Annotations]:
         annotations, (height, width, _) = (example := self[index]).annotations, np.shape(example.image)
         name = f'shapes, picture {annotations.image_id}'
@@ -164,6 +181,10 @@ class Concatenated:
         """Of all parts."""
         listings = [part.listing(-(-most // len(self._parts)), track) for part in self._parts]
         return join(listings, [len(part) for part in self._parts])
+
+    def fingerprint(self) -> str:
+        """Of those of the parts."""
+        return digest([part.fingerprint() for part in self._parts])
 
     def _locate(self, index: int) -> tuple[CheckableSource, int]:
         index = range(len(self))[index]

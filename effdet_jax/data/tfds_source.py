@@ -10,7 +10,7 @@ import numpy as np
 from effdet_jax.data import checks, transforms
 from effdet_jax.data.checks import Finding
 from effdet_jax.data.example import Annotations, Example
-from effdet_jax.data.listing import ImageRow, Listing, Track, list_some
+from effdet_jax.data.listing import ImageRow, Listing, Track, digest, list_some
 from effdet_jax.errors import UnreadableError, UserError
 
 
@@ -27,6 +27,7 @@ class Tfds:
         builder = _prepared(name)
         self._records = _tfds_records(builder, name, split)
         self._where = f'tfds:{name}@{split}'
+        self._name, self._split = builder.info.full_name, split
         names = tuple(builder.info.features['objects']['label'].names)
         self.class_names = tuple(class_names) or names
         self.category_ids = tuple(range(1, len(self.class_names) + 1))
@@ -55,6 +56,10 @@ class Tfds:
     def listing(self, most: int, track: Track) -> Listing:
         """Of at most `most` records."""
         return list_some(self._read, self.class_names, self.category_ids, len(self), most, track)
+
+    def fingerprint(self) -> str:
+        """Of name, version and split: a version of a prepared dataset never changes."""
+        return digest(self.class_names, self._name, self._split, len(self))
 
     def _read(self, index: int) -> tuple[ImageRow, Annotations] | Finding:
         try:

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from effdet_jax.data import Source, open_source, resolve_split, shapes
+from effdet_jax.data import Source, fingerprint, open_source, resolve_split, shapes
 from effdet_jax.errors import UserError
 
 
@@ -86,3 +86,48 @@ print(next(iter(batches))['image'].shape)
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout == '(2, 64, 64, 3)\n', done.stderr
+
+
+def write_table(root, *rows):
+    for folder in ('day', 'night'):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for name in ('a.jpg', 'b.jpg'):
+            (root / folder / name).touch()
+    (root / 'boxes.csv').write_text('\n'.join(['image,xmin,ymin,xmax,ymax,label', *rows]) + '\n')
+    return f'csv:{root}/boxes.csv'
+
+
+ROWS = ('day/a.jpg,1,2,3,4,cat', 'day/b.jpg,1,2,3,4,dog', 'night/a.jpg,,,,,')
+
+
+def test_fingerprint_of_files_survives_a_move(tmp_path, monkeypatch):
+    known = fingerprint(open_source(write_table(tmp_path / 'old', *ROWS)))
+    assert len(known) == 32 and int(known, 16)
+    assert fingerprint(open_source(write_table(tmp_path / 'new' / 'place', *ROWS))) == known
+    monkeypatch.chdir(tmp_path / 'new')
+    assert fingerprint(open_source('csv:place/boxes.csv')) == known
+
+
+@pytest.mark.parametrize(
+    'rows',
+    [
+        ROWS[:2],
+        (ROWS[1], ROWS[0], ROWS[2]),
+        ('day/a.jpg,1,2,3,5,cat', *ROWS[1:]),
+        ('day/a.jpg,1,2,3,4,dog', *ROWS[1:]),
+        (*ROWS, 'day/a.jpg,5,6,7,8,cat'),
+        (ROWS[0], ROWS[1], 'night/b.jpg,,,,,'),
+        (ROWS[0], ROWS[1], 'day/a.jpg,,,,,'),
+        tuple(row.replace('dog', 'cow') for row in ROWS),
+    ],
+    ids=['image gone', 'order', 'box', 'label', 'object more', 'other file', 'other folder', 'class name'],
+)
+def test_fingerprint_changes_with_names_boxes_and_labels(tmp_path, rows):
+    known = fingerprint(open_source(write_table(tmp_path, *ROWS)))
+    assert fingerprint(open_source(write_table(tmp_path, *rows))) != known
+
+
+def test_fingerprint_of_drawings_and_of_several_sources(tmp_path):
+    specs = ['shapes@0:8', 'shapes@0:16', 'shapes@8:16', 'shapes@0:8 + shapes@8:16', 'shapes@8:16 + shapes@0:8']
+    assert len({fingerprint(open_source(spec)) for spec in specs}) == len(specs)
+    assert fingerprint(open_source('shapes@0:8')) == fingerprint(open_source('shapes', '0:8'))

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from effdet_jax.data import open_source
+from effdet_jax.data import fingerprint, open_source
 from effdet_jax.errors import UserError
 
 tfds = pytest.importorskip('tensorflow_datasets')
@@ -98,6 +98,20 @@ def test_splits_are_those_of_tfds():
         open_source('tfds:tiny_detection/2007')
     with pytest.raises(UserError, match='no images in split'):
         open_source('tfds:tiny_detection/2007', 'train[:0]')
+
+
+def test_fingerprint_is_that_of_the_name_the_version_and_the_split(prepared, tmp_path, monkeypatch):
+    known = fingerprint(open_source('tfds:tiny_detection/2007', 'train'))
+    assert fingerprint(open_source('tfds:tiny_detection/2007:1.0.0@train')) == known
+    others = {fingerprint(open_source('tfds:tiny_detection/2007', split)) for split in ('test', 'train[:50%]')}
+    assert len(others - {known}) == 2
+    shutil.copytree(prepared / 'tiny_detection', tmp_path / 'tiny_detection')
+    monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+    assert fingerprint(open_source('tfds:tiny_detection/2007', 'train')) == known
+    (tmp_path / 'tiny_detection/2007/1.0.0').rename(tmp_path / 'tiny_detection/2007/1.0.1')
+    info_file = tmp_path / 'tiny_detection/2007/1.0.1/dataset_info.json'
+    info_file.write_text(info_file.read_text().replace('1.0.0', '1.0.1'))
+    assert fingerprint(open_source('tfds:tiny_detection/2007', 'train')) != known
 
 
 def test_given_class_names_fix_the_labels():
