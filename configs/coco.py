@@ -11,3 +11,6 @@ mirror, dining table, window, desk, toilet, door, tv, laptop, mouse, remote, key
 toaster, sink, refrigerator, blender, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"""
 CLASS_NAMES = tuple(name.strip() for name in _NAMES.split(','))
 CATEGORY_IDS = tuple(range(1, 91))
+
+_WITHOUT_OBJECTS = """street sign, hat, shoe, eye glasses, plate, mirror, window, desk, door, blender"""
+USED_NAMES = tuple(name for name in CLASS_NAMES if name not in _WITHOUT_OBJECTS.split(', '))  # 80

@@ -13,7 +13,7 @@ class UnreadableError(UserError):
 
     def __init__(self, file: object, reason: str, advice: str = 'replace or remove the file') -> None:
         super().__init__(f'{file}: {reason}: {advice}')
-        self.reason = reason
+        self.reason, self.advice = reason, advice
 
 
 def printable(text: str) -> str:

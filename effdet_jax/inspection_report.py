@@ -25,7 +25,9 @@ COLORS = {'error': 'red', 'warning': 'yellow', 'note': 'blue'}
 def show(found: Inspection, images: bool) -> None:
     """Prints the classes, the faults with the first few of each kind, and how the anchors fit."""
     for split, listing in found.listings.items():
-        answer(f'{split}: {len(listing.images):,} images, {len(listing.labels):,} objects')
+        crowds = int(listing.is_crowd.sum())
+        more = f', {counted(crowds, "crowd")} among them' if crowds else ''
+        answer(f'{split}: {len(listing.images):,} images, {len(listing.labels):,} objects{more}')
     if found.classes:
         answer('\n' + table(('class', *SPLITS), found.classes))
     if found.fit and found.fit.unmatched:
@@ -53,7 +55,11 @@ def to_json(found: Inspection) -> dict[str, Any]:
     fit = found.fit
     return {
         'splits': {
-            split: {'images': len(listing.images), 'objects': len(listing.labels)}
+            split: {
+                'images': len(listing.images),
+                'objects': len(listing.labels),
+                'crowds': int(listing.is_crowd.sum()),
+            }
             for split, listing in found.listings.items()
         },
         'counts': {

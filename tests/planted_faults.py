@@ -5,6 +5,7 @@
 makes such a copy and prints what `check_data` must find in it.
 """
 
+import io
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
-CLASS_NAMES = ('Parasite', 'Platelets', 'RBC', 'WBC')  # of which BCCD has no parasite
+CLASS_NAMES = ('Parasite', 'Platelets', 'RBC', 'WBC', 'wbc')  # of which BCCD has no parasite and no wbc
 OBJECT = '<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>'
 MAX_BOXES = 30  # BCCD's most in an image that is trained on
 
@@ -41,6 +43,7 @@ def plant(root: Path, sound: list[str], full: str) -> set[Finding]:
     """
     images = iter(sound)
     expected = {('class_without_examples', split, 'Parasite') for split in ('train', 'eval')}
+    expected |= {('class_without_examples', 'eval', 'wbc'), ('similar_classes', 'eval', 'wbc')}
     for kind, change in PLANTS.items():
         stem = full if kind == 'too_many_objects' else next(images)
         expected.add(change(root, stem) or (kind, 'train', stem))
@@ -90,6 +93,25 @@ def halved(encoded: bytes) -> bytes:
     return cv2.imencode('.jpg', cv2.resize(image, None, fx=0.5, fy=0.5))[1].tobytes()
 
 
+def deep(encoded: bytes) -> bytes:
+    """12 bits in 16."""
+    grey = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_GRAYSCALE)
+    return cv2.imencode('.png', grey.astype(np.uint16) * 16)[1].tobytes()
+
+
+def turned(encoded: bytes) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(encoded)).save(buffer, 'JPEG', exif=exif)
+    return buffer.getvalue()
+
+
+def add_similar_class(root: Path, stem: str) -> Finding:
+    add_object('wbc', 100, 100, 180, 180)(root, stem)
+    return 'similar_classes', 'train', 'wbc'
+
+
 def leak(root: Path, stem: str) -> Finding:
     """The picture of the training image takes the place of one of the evaluation's."""
     target = (root / 'ImageSets' / 'Main' / 'test.txt').read_text().split()[3]
@@ -115,8 +137,12 @@ PLANTS: dict[str, Callable[[Path, str], Finding | None]] = {
     'box_reaching_outside': add_object('RBC', 560, 400, 700, 560),
     'duplicate_box': edit(lambda text: text.replace('</annotation>', first_object(text) + '</annotation>')),
     'image_listed_twice': listed('{}'),
+    'similar_classes': add_similar_class,
     'unmatched_object': add_object('RBC', 100, 100, 500, 110),
     'too_many_objects': add_object('RBC', 100, 100, 181, 183),
+    'dark_image': replace_image(deep),
+    'turned_image': replace_image(turned),
+    'image_without_annotations': lambda root, stem: (root / 'Annotations' / f'{stem}.xml').unlink(),
     'image_without_objects': edit(lambda text: text[: text.index('<object>')] + '</annotation>'),
 }
 

@@ -1,14 +1,10 @@
 """Images in files, with annotations in a COCO JSON, a PASCAL VOC folder or a CSV table: all are one kind of source."""
 
-import collections
-import dataclasses
-import os
-from collections.abc import Iterable
-
 import numpy as np
 
 from effdet_jax.data import checks, transforms
 from effdet_jax.data.example import Annotations, Example
+from effdet_jax.data.files import read_bytes
 from effdet_jax.data.listing import Listing, Track
 from effdet_jax.errors import UnreadableError
 
@@ -18,12 +14,7 @@ class AnnotatedFiles:
 
     def __init__(self, listing: Listing):
         self.class_names, self.category_ids = listing.class_names, listing.category_ids
-        missing = [
-            checks.Finding('missing_image', file, 'there is no such file', file)
-            for file in missing_files(image.file for image in listing.images)
-        ]
-        self.faults = (*listing.faults, *missing)
-        self._listing = dataclasses.replace(listing, faults=self.faults)
+        self.faults, self._listing = listing.faults, listing
         sizes_M2 = listing.sizes[listing.image_of]
         boxes_M4, areas_M, keep_M = checks.mend_boxes(listing.boxes_yxyx, listing.areas, sizes_M2)
         self._objects = {
@@ -43,13 +34,14 @@ class AnnotatedFiles:
         if height == 0:
             return Example(encoded, checks.clean(annotations, size))
         if size != (height, width):
-            stated = f'the image is {size[1]}x{size[0]}, its annotations say {width}x{height} (width x height)'
-            raise UnreadableError(file, stated, checks.KINDS['another_size'].advice)
+            orientation = transforms.exif_orientation(encoded, file)
+            detail, advice = checks.other_size(size, (int(height), int(width)), orientation)
+            raise UnreadableError(file, detail, advice or checks.KINDS['another_size'].advice)
         return Example(encoded, annotations)
 
     def image(self, index: int) -> bytes:
         """The file alone, whatever is in it."""
-        return transforms.read_bytes(self._listing.images[index].file)
+        return read_bytes(self._listing.images[index].file)
 
     def annotations(self, index: int) -> Annotations:
         """The annotations of one image; the image is read only where they do not give its size.
@@ -78,23 +70,3 @@ class AnnotatedFiles:
             file_name=image.file,
             **{name: array[objects] for name, array in self._objects.items()},
         )
-
-
-def missing_files(files: Iterable[str]) -> list[str]:
-    """Those that are not there, found by listing each folder once: `exists` for each is slow on a network disk."""
-    names_of: dict[str, list[str]] = collections.defaultdict(list)
-    for file in files:
-        folder, name = os.path.split(file)
-        names_of[folder].append(name)
-    missing = []
-    for folder, names in names_of.items():
-        present = set(_contents(folder))
-        missing += [os.path.join(folder, name) for name in names if name not in present]  # noqa: PTH118
-    return missing
-
-
-def _contents(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)  # noqa: PTH208  # of a hundred thousand names, not as many paths
-    except (OSError, ValueError):  # ValueError: a name that no file can have
-        return []

@@ -46,6 +46,9 @@ KINDS: dict[str, Kind] = {
     'box_reaching_outside': Kind('warning', 'box reaching outside the image', 'clipped in training'),
     'duplicate_box': Kind('warning', 'object annotated twice', 'kept in training: remove one'),
     'image_listed_twice': Kind('warning', 'image listed twice', 'remove one'),
+    'similar_classes': Kind(
+        'warning', 'classes that differ only in case or blanks', 'if they are the same, give them the same name'
+    ),
     'class_without_examples': Kind('warning', 'class without examples', 'it cannot be learned or measured: add some'),
     'unmatched_object': Kind(
         'warning', 'object that no anchor fits', 'it trains one anchor alone: change config.model.anchors or image.size'
@@ -53,6 +56,15 @@ KINDS: dict[str, Kind] = {
     'too_many_objects': Kind(
         'warning', 'image with more objects than are trained', 'the last are left out: raise config.dataset.max_boxes'
     ),
+    'dark_image': Kind(
+        'warning', 'deep image in few grey levels', 'nearly black to the network: stretch its values to all 16 bits'
+    ),
+    'turned_image': Kind(
+        'note',
+        'image stored turned',
+        'used upright, as its EXIF data say: its boxes must be drawn on the upright image',
+    ),
+    'image_without_annotations': Kind('note', 'image without an annotation file', 'trains as background'),
     'image_without_objects': Kind('note', 'image without objects', 'trains as background'),
 }
 DROPPED = ('inverted_box', 'box_outside', 'box_without_area')
@@ -128,6 +140,22 @@ def clean(annotations: Annotations, size: tuple[int, int] | None) -> Annotations
     sizes_M2 = np.full((len(boxes_M4), 2), size or (0, 0))
     clipped_M4, areas_M, keep_M = mend_boxes(boxes_M4, annotations.areas, sizes_M2)
     return dataclasses.replace(annotations, boxes_yxyx=clipped_M4, areas=areas_M).select(keep_M)
+
+
+def other_size(size: tuple[int, int], stated: tuple[int, int], orientation: int) -> tuple[str, str | None]:
+    """(detail, advice) on an image whose `size` is not the `stated` one; both (height, width).
+
+    `orientation` is the image's in EXIF. The advice is None for that of the kind.
+    """
+    (height, width), (stated_height, stated_width) = size, stated
+    detail = f'the image is {width}x{height}, its annotations say {stated_width}x{stated_height} (width x height)'
+    if orientation < 5 or stated != (width, height):
+        return detail, None
+    return (
+        f'{detail}: it is stored turned, and its EXIF orientation, {orientation}, turns it upright',
+        'if its boxes are drawn on the stored image, remove the orientation (exiftool -Orientation= FILE); '
+        'if on the upright one, correct the annotated size',
+    )
 
 
 def first_few(names: Iterable[str], limit: int = 5) -> str:

@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,10 +189,31 @@ def image_size_of(height: Any, width: Any) -> tuple[int, int]:
     return size if min(size) > 0 else (0, 0)
 
 
-def leaves_folder(name: str) -> bool:
-    """Whether a file name from an annotation file leads out of the folder that it is relative to."""
-    # '.': the folder itself, and no file in it
-    return os.path.isabs(name) or os.path.normpath(name).partition(os.sep)[0] in (os.pardir, os.curdir)  # noqa: PTH117
+def whole_number(value: Any, what: str = 'id') -> int:
+    """An int, also of a text or float that is one ('7', 7.0); a ValueError that says `what` is none otherwise."""
+    if isinstance(value, str) and re.fullmatch(r'\s*[+-]?[0-9]{1,4000}\s*', value):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise ValueError(f'its {what}, {shortened(value)}, is no whole number')
+
+
+def truth(value: Any, what: str) -> bool:
+    """Of a mark such as iscrowd: a bool, 0 or 1, also as text; a ValueError that says `what` is none otherwise."""
+    no, yes = ('', '0', 'false', 'no', 'unspecified'), ('1', 'true', 'yes')
+    marks = dict.fromkeys(no, False) | dict.fromkeys(yes, True)
+    mark = f'{value:g}' if isinstance(value, float) else '' if value is None else str(value).strip().lower()
+    if mark not in marks:
+        raise ValueError(f'its {what}, {shortened(value)}, is neither 0 nor 1')
+    return marks[mark]
+
+
+def category_ids(names: Sequence[str], id_of: Mapping[str, int]) -> list[int]:
+    """The ids of the classes; those that have none get numbers that are not used."""
+    unused = max(id_of.values(), default=0)
+    return [id_of.get(name, unused + 1 + label) for label, name in enumerate(names)]
 
 
 def shortened(value: Any, limit: int = 80) -> str:

@@ -1,21 +1,24 @@
 """COCO's `instances_*.json` -> Listing."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from effdet_jax.data import transforms
 from effdet_jax.data.checks import Finding, first_few
+from effdet_jax.data.files import Folder, read_bytes
 from effdet_jax.data.listing import (
     ImageRow,
     Listing,
     ObjectRow,
+    category_ids,
     finite_numbers,
     image_size_of,
-    leaves_folder,
     make_listing,
     shortened,
+    truth,
+    whole_number,
 )
 from effdet_jax.errors import UserError
 
@@ -23,14 +26,15 @@ from effdet_jax.errors import UserError
 def read_coco(json_file: Path, folder: Path, class_names: Sequence[str] = ()) -> Listing:
     """A COCO file and the folder its `file_name`s are relative to. Classes: its categories, by id.
 
-    What is wrong with single images and objects is among the listing's faults. Raises UserError where the file as a
-    whole cannot be read.
+    Ids may be numbers or texts: 1, 1.0 and '1' are the same. What is wrong with single images and objects is among the
+    listing's faults. Raises UserError where the file as a whole cannot be read.
     """
     content = _load(json_file)
     name_of = _categories(content['categories'], json_file)
     names = tuple(class_names) or tuple(name_of[identity] for identity in sorted(name_of))
     if len(set(names)) < len(names):
-        raise UserError(f'{json_file}: two categories have the same name ({first_few(names)}): rename one')
+        twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+        raise UserError(f'{json_file}: two categories have the same name ({first_few(twice)}): rename one')
 
     faults: list[Finding] = []
     images = _images(content['images'], json_file, folder, faults)
@@ -39,12 +43,16 @@ def read_coco(json_file: Path, folder: Path, class_names: Sequence[str] = ()) ->
     image_of = {image.image_id: place for place, image in enumerate(images)}
     label_of_name = {name: label for label, name in enumerate(names)}
     label_of = {identity: label_of_name.get(name) for identity, name in name_of.items()}
-    lost_ids = {fault.values['image_id'] for fault in faults} - {None}  # whose objects are lost with them, and no fault
+    # whose objects are lost with them, and no fault
+    lost_ids = {fault.values.get('image_id') for fault in faults} - {None}
     objects = []
     for place, annotation in enumerate(content['annotations']):
         kind, image = 'malformed_annotation', ''
         try:
-            image_id, category = annotation['image_id'], annotation['category_id']
+            image_id, category = (
+                _image_id(annotation['image_id']),
+                whole_number(annotation['category_id'], 'category_id'),
+            )
             if image_id in lost_ids:
                 continue
             if image_id not in image_of or category not in name_of:
@@ -58,14 +66,15 @@ def read_coco(json_file: Path, folder: Path, class_names: Sequence[str] = ()) ->
             number = annotation.get('id', place) if isinstance(annotation, dict) else place
             where = f'{json_file}: annotation {shortened(number)}'
             faults.append(Finding(kind, where, _reason(error), image))
-    return make_listing(names, _category_ids(names, name_of), images, objects, faults)
+    id_of = {name: identity for identity, name in name_of.items()}
+    return make_listing(names, category_ids(names, id_of), images, objects, faults)
 
 
 def _load(json_file: Path) -> dict[str, list]:
     if not json_file.is_file():
         raise UserError(f'{json_file}: no such file: in coco:JSON,IMAGES give the path of an instances_*.json')
     try:
-        content = json.loads(transforms.read_bytes(json_file))
+        content = json.loads(read_bytes(json_file))
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
         raise UserError(f'{json_file}: not valid JSON ({error}): was it written or copied completely?') from error
     parts = content if isinstance(content, dict) else {}
@@ -77,61 +86,74 @@ def _load(json_file: Path) -> dict[str, list]:
 
 
 def _categories(categories: Sequence[Any], json_file: Path) -> dict[int, str]:
-    try:
-        name_of = {category['id']: str(category['name']) for category in categories}
-        if not all(isinstance(identity, int) and abs(identity) < 2**31 for identity in name_of):
-            raise ValueError('an id is no whole number')
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f'{json_file}: a category is malformed ({_reason(error)}): give each an id and a name'
-        ) from error
+    name_of: dict[int, str] = {}
+    for category in categories:
+        try:
+            identity, name = whole_number(category['id']), category['name']
+            if not isinstance(name, str | int) or isinstance(name, bool) or not str(name).strip():
+                raise ValueError(f'its name is {shortened(name)}')
+            if identity in name_of:
+                raise ValueError(f'another one has the id {identity}')
+            name_of[identity] = str(name).strip()
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f'{json_file}: the category {shortened(category)} is malformed ({_reason(error)}): '
+                'give each a name and an id of its own, a whole number'
+            ) from error
     return name_of
 
 
 def _images(images: Sequence[Any], json_file: Path, folder: Path, faults: list[Finding]) -> list[ImageRow]:
     rows: dict[int | str, ImageRow] = {}
+    files = Folder(folder)
     for place, image in enumerate(images):
-        image_id = kind = None
+        image_id, kind = None, 'malformed_annotation'
         try:
-            image_id = image['id']
-            name = image['file_name']
-            kind = 'unsafe_path' if leaves_folder(name) else 'malformed_annotation'
-            if kind == 'unsafe_path':
-                raise ValueError(f'the file name {shortened(name)} leaves {folder}')
-            if not isinstance(image_id, int | str) or image_id in rows:
-                raise ValueError(f'the id {shortened(image_id)} is no number or text, or another image has it')
+            image_id = _image_id(image['id'])
+            path, fault, detail = files.find(image['file_name'])
+            if fault == 'unsafe_path':
+                kind = fault
+                raise ValueError(detail)
+            if image_id in rows:
+                raise ValueError(f'another image has the id {shortened(image_id)}')
             size = image_size_of(image.get('height'), image.get('width'))
-            rows[image_id] = ImageRow(image_id, str(folder / name), f'{json_file}: annotation ', size)
+            rows[image_id] = ImageRow(image_id, path, f'{json_file}: annotation ', size)
+            faults += [Finding(fault, path, detail, path)] if fault else []
         except (KeyError, TypeError, ValueError) as error:
-            lost_id = image_id if isinstance(image_id, int | str) and image_id not in rows else None
+            lost_id = None if image_id in rows else image_id
             where = f'{json_file}: image {place if lost_id is None else shortened(lost_id)}'
-            kind = kind or 'malformed_annotation'
             faults.append(Finding(kind, where, _reason(error), values={'image_id': lost_id}))
     return list(rows.values())
+
+
+def _image_id(value: Any) -> int | str:
+    """As a number where it is one; a text such as '007' stays as it is, since '7' may be another image."""
+    return value if isinstance(value, str) and not re.fullmatch('0|[1-9][0-9]{0,99}', value) else whole_number(value)
 
 
 def _object(annotation: Mapping[str, Any], image: int, label: int, place: int) -> ObjectRow:
     x, y, width, height = finite_numbers(annotation['bbox'], 4)
     area = annotation.get('area')
-    number = annotation.get('id')
     return ObjectRow(
         image,
         (y, x, y + height, x + width),
         label,
-        number if isinstance(number, int) and abs(number) < 2**63 else place,
+        _number(annotation.get('id'), place),
         float('nan') if area is None else finite_numbers([area], 1)[0],
-        bool(annotation.get('iscrowd', 0)),
+        truth(annotation.get('iscrowd'), 'iscrowd'),
     )
+
+
+def _number(identity: Any, place: int) -> int:
+    """Of an annotation, for messages."""
+    try:
+        number = whole_number(identity)
+    except ValueError:
+        return place
+    return number if abs(number) < 2**63 else place
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, TypeError):  # Python's words would say nothing about the file
         return 'a value is not of the type it has in COCO files'
     return f'it has no {error}' if isinstance(error, KeyError) else str(error)
-
-
-def _category_ids(names: Sequence[str], name_of: Mapping[int, str]) -> list[int]:
-    """The ids of the file; classes that it does not have get numbers that it does not use."""
-    id_of = {name: identity for identity, name in name_of.items()}
-    unused = max(id_of.values(), default=0)
-    return [id_of.get(name, unused + 1 + label) for label, name in enumerate(names)]

@@ -12,6 +12,7 @@ A new origin is a function or class with the members of `CheckableSource` and a 
 
 import bisect
 import itertools
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from jaxtyping import UInt8
 
 from effdet_jax.data import shapes
 from effdet_jax.data.annotation_files import AnnotatedFiles
-from effdet_jax.data.checks import Finding
+from effdet_jax.data.checks import KINDS, Finding
 from effdet_jax.data.example import Annotations, Example
 from effdet_jax.data.listing import ImageRow, Listing, Track, digest, join, list_some
 from effdet_jax.data.read_coco import read_coco
@@ -93,24 +94,27 @@ def open_source(
     spec, split = resolve_split(spec, split)
     if not spec:
         raise UserError(f'no data are named: set config.dataset.source to {_GRAMMAR}')
-    parts = [_open_part(part.strip(), split, tuple(class_names)) for part in spec.split(' + ')]
-    for part, text in zip(parts, spec.split(' + '), strict=True):
+    # a folder may be called 'a + b': only where a kind follows, a source begins
+    texts = [text.strip() for text in re.split(rf' \+ (?=\s*{_KIND})', spec)]
+    parts = [_open_part(text, split, tuple(class_names)) for text in texts]
+    for part, text in zip(parts, texts, strict=True):
         if part.class_names != parts[0].class_names:
             raise UserError(
-                f'{text.strip()} has the classes {", ".join(part.class_names)} and {spec.split(" + ")[0].strip()} has '
+                f'{text} has the classes {", ".join(part.class_names)} and {texts[0]} has '
                 f'{", ".join(parts[0].class_names)}: name the classes for both in class_names'
             )
     source = parts[0] if len(parts) == 1 else Concatenated(parts)
-    if source.faults and not faulty:
-        others = len(source.faults) - 1
+    errors = [fault for fault in source.faults if KINDS[fault.kind].severity == 'error']
+    if errors and not faulty:
+        others = len(errors) - 1
         more = f' ({others} more {"fault" if others == 1 else "faults"}; check_data lists all)' if others else ''
-        raise UserError(source.faults[0].message + more)
+        raise UserError(errors[0].message + more)
     return source
 
 
 def resolve_split(source: str, split: str) -> tuple[str, str]:
     """(spec, split) to open: `split` itself as the spec where it is a source, else both as they are."""
-    return (split, '') if re.match(rf'({"|".join(_KINDS)})([:@]|$)', split) else (source, split)
+    return (split, '') if re.match(_KIND, split) else (source, split)
 
 
 class Shapes:
@@ -216,26 +220,35 @@ def _open_tfds(arguments: str, split: str, class_names: tuple[str, ...]) -> Tfds
 
 def _open_coco(arguments: str, split: str, class_names: tuple[str, ...]) -> AnnotatedFiles:
     _no_split('coco', split)
-    json_file, comma, images = arguments.partition(',')
-    if not (json_file and comma and images):
+    commas = [at for at, character in enumerate(arguments) if character == ',']
+    texts = [(arguments[:at].strip(), arguments[at + 1 :].strip()) for at in commas]
+    if not any(json_file and images for json_file, images in texts):
         raise UserError(f'coco:{arguments}: write coco:JSON,IMAGES, as in coco:instances_val2017.json,val2017')
-    return AnnotatedFiles(read_coco(Path(json_file).expanduser(), Path(images).expanduser(), class_names))
+    # of several commas, which folders may have in their names, the one with a file and a folder at its sides
+    pairs = [(_path(json_file), _path(images)) for json_file, images in texts if json_file and images]
+    json_file, images = max(pairs, key=lambda pair: (pair[0].is_file(), pair[1].is_dir()))
+    return AnnotatedFiles(read_coco(json_file, images, class_names))
 
 
 def _open_voc(arguments: str, split: str, class_names: tuple[str, ...]) -> AnnotatedFiles:
-    root, split = _take_split(arguments, split)
-    return AnnotatedFiles(read_voc(Path(root).expanduser(), split, class_names))
+    if not _path(arguments).is_dir():  # a folder may have an @ in its name
+        arguments, split = _take_split(arguments, split)
+    return AnnotatedFiles(read_voc(_path(arguments), split, class_names))
 
 
 def _open_csv(arguments: str, split: str, class_names: tuple[str, ...]) -> AnnotatedFiles:
     _no_split('csv', split)
-    return AnnotatedFiles(read_csv(Path(arguments).expanduser(), class_names))
+    return AnnotatedFiles(read_csv(_path(arguments), class_names))
 
 
 def _take_split(arguments: str, split: str) -> tuple[str, str]:
     """'voc/2007@test' -> ('voc/2007', 'test'); an @ before a slash is part of a path."""
     head, at, tail = arguments.rpartition('@')
     return (head, tail) if at and '/' not in tail else (arguments, split)
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # Path's own raises where there is no such user
 
 
 def _no_split(kind: str, split: str) -> None:
@@ -250,4 +263,5 @@ _KINDS: dict[str, Callable[[str, str, tuple[str, ...]], CheckableSource]] = {
     'voc': _open_voc,
     'csv': _open_csv,
 }
+_KIND = rf'(?:{"|".join(_KINDS)})(?:[:@\s]|$)'  # how a source begins
 _GRAMMAR = 'shapes, tfds:NAME, voc:ROOT, coco:JSON,IMAGES or csv:FILE'

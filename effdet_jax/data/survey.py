@@ -3,14 +3,17 @@
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from effdet_jax.data import transforms
-from effdet_jax.data.checks import DROPPED, KINDS, Finding, find_box_faults, mend_boxes
+from effdet_jax.data.checks import DROPPED, KINDS, Finding, find_box_faults, mend_boxes, other_size
+from effdet_jax.data.files import name_key
 from effdet_jax.data.listing import Listing, Track
 from effdet_jax.data.sources import CheckableSource
 from effdet_jax.errors import UnreadableError
@@ -18,11 +21,24 @@ from effdet_jax.errors import UnreadableError
 BestIous = Callable[[Float[np.ndarray, 'M 4']], Float[np.ndarray, 'M']]
 
 
+FEW_LEVELS = 64  # of 256: 14 bits or less in 16
+
+
+class _Looked(NamedTuple):
+    """brightest: the brightest grey level of an image that has more bits than it uses, of 255."""
+
+    size: tuple[int, int]
+    digest: str
+    orientation: int = 1
+    brightest: int | None = None
+
+
 def check_labels(listing: Listing) -> list[Finding]:
     """All that can be said without an image. Boxes of images of unknown size are never outside of them."""
     return [
         *listing.faults,
         *_listed_twice(listing),
+        *_similar_classes(listing),
         *_faulty_boxes(listing),
         *_duplicates(listing),
         *_without_objects(listing),
@@ -74,33 +90,47 @@ def check_images(
 ) -> tuple[list[Finding], Listing, dict[str, str]]:
     """Reads, hashes and decodes every image: (findings, the listing with the true sizes, {image: digest})."""
 
-    def look(index: int) -> tuple[str, tuple[int, int] | None, str]:
+    def look(index: int) -> _Looked | UnreadableError:
         name = listing.images[index].file
         try:
             image = source.image(int(listing.indices[index]))
-            encoded = image if isinstance(image, bytes) else image.tobytes()
-            digest = hashlib.blake2b(encoded, digest_size=16).hexdigest()
-            size = image.shape[:2] if not isinstance(image, bytes) else transforms.decode(image, name).shape[:2]
+            if not isinstance(image, bytes):
+                return _Looked(image.shape[:2], _hash(image.tobytes()))
+            pixels = transforms.decode(image, name, quiet=True)
+            brightest = int(pixels.max())
+            return _Looked(
+                pixels.shape[:2],
+                _hash(image),
+                transforms.exif_orientation(image, name),
+                brightest if brightest < FEW_LEVELS and transforms.is_deep(image, name) else None,
+            )
         except UnreadableError as error:
-            return error.reason, None, ''
-        return '', size, digest
+            return error
 
     findings, sizes_I2, digests = [], listing.sizes.copy(), {}
     absent = {fault.image for fault in listing.faults if fault.kind == 'missing_image'}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         looked = threads.map(look, range(len(listing.images)))
-        for i, (reason, size, digest) in enumerate(track(looked, len(listing.images), 'reading images')):
+        for i, one in enumerate(track(looked, len(listing.images), 'reading images')):
             file, stated = listing.images[i].file, tuple(listing.sizes[i].tolist())
-            if size is None:
-                findings += [] if file in absent else [Finding('unreadable_image', file, reason, file)]
+            if isinstance(one, UnreadableError):
+                if file not in absent:
+                    findings.append(Finding('unreadable_image', file, one.reason, file, advice=one.advice))
                 continue
-            digests[file] = digest
+            digests[file], size = one.digest, one.size
             sizes_I2[i] = size
             if stated[0] and stated != size:
-                detail = f'the image is {size[1]}x{size[0]}, its annotations say {stated[1]}x{stated[0]}'
+                detail, advice = other_size(size, stated, one.orientation)
                 values = {'width': size[1], 'height': size[0], 'stated': stated[::-1]}
-                findings.append(Finding('another_size', file, detail, file, values=values))
+                findings.append(Finding('another_size', file, detail, file, values=values, advice=advice))
                 sizes_I2[i] = stated  # what else is wrong with its boxes is told by the size they were made for
+            elif one.orientation > 1 and (one.orientation < 5 or size[0] == size[1] or not stated[0]):
+                # which image the boxes were drawn on, the stored or the upright one, no size tells
+                detail = f'EXIF orientation {one.orientation}'
+                findings.append(Finding('turned_image', file, detail, file))
+            if one.brightest is not None:
+                detail = f'more than 8 bits, of which it uses {one.brightest + 1} of 256 grey levels'
+                findings.append(Finding('dark_image', file, detail, file, values={'brightest': one.brightest}))
     return findings, dataclasses.replace(listing, sizes=sizes_I2), digests
 
 
@@ -126,6 +156,18 @@ def num_usable(listing: Listing) -> int:
     """Objects that can be learned: neither dropped nor absurd, no crowds."""
     _, faults = find_box_faults(listing.boxes_yxyx, listing.sizes[listing.image_of])
     return int((~np.any([listing.is_crowd, *(faults[kind] for kind in (*DROPPED, 'absurd_box'))], axis=0)).sum())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _similar_classes(listing: Listing) -> Iterator[Finding]:
+    first: dict[str, str] = {}
+    for name in listing.class_names:
+        key = re.sub(r'[\s_]', '', name_key(name))
+        if (other := first.setdefault(key, name)) != name:
+            yield Finding('similar_classes', f'class {name!r}', f'there is also {other!r}', label=name)
 
 
 def _listed_twice(listing: Listing) -> Iterator[Finding]:
@@ -172,14 +214,17 @@ def _without_objects(listing: Listing) -> Iterator[Finding]:
 
 
 def _without_examples(listing: Listing) -> Iterator[Finding]:
-    counts_K = np.bincount(listing.labels, minlength=len(listing.class_names))
+    counts_K = np.bincount(listing.labels[~listing.is_crowd], minlength=len(listing.class_names))
     if num_usable(listing) == 0:
-        detail = f'{len(listing.labels)} objects, of which none can be learned'
+        crowds = int(listing.is_crowd.sum())
+        more = f' ({crowds} are crowds)' if crowds else ''
+        detail = f'{len(listing.labels)} objects{more}, of which none can be learned'
         yield Finding('no_objects', f'all {len(listing.images)} images', detail)
         return
     for label in np.flatnonzero(counts_K == 0):
         name = listing.class_names[label]
-        yield Finding('class_without_examples', f'class {name}', 'no objects', label=name)
+        detail = 'no objects but crowds' if (listing.labels == label).any() else 'no objects'
+        yield Finding('class_without_examples', f'class {name}', detail, label=name)
 
 
 def _of_object(kind: str, listing: Listing, number: int, detail: str, values: dict | None = None) -> Finding:

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from effdet_jax.configs import coco
 from effdet_jax.data import checks, transforms
 from effdet_jax.data.checks import Finding
 from effdet_jax.data.example import Annotations, Example
-from effdet_jax.data.listing import ImageRow, Listing, Track, digest, list_some
+from effdet_jax.data.listing import ImageRow, Listing, Track, category_ids, digest, list_some
 from effdet_jax.errors import UnreadableError, UserError
+
+UNKNOWN_SIZE = (512, 512)  # stands in for the size of a damaged image, whose boxes are known as fractions of it
 
 
 class Tfds:
@@ -30,7 +33,7 @@ class Tfds:
         self._name, self._split = builder.info.full_name, split
         names = tuple(builder.info.features['objects']['label'].names)
         self.class_names = tuple(class_names) or names
-        self.category_ids = tuple(range(1, len(self.class_names) + 1))
+        self.category_ids = _category_ids(self.class_names, names)
         # -1 stands for a class that `class_names` leaves out
         self._names = names
         self._label_of = np.array([self.class_names.index(n) if n in self.class_names else -1 for n in names], np.int32)
@@ -50,8 +53,15 @@ class Tfds:
         return self._records[index]['image']
 
     def annotations(self, index: int) -> Annotations:
-        """The record is read, the image in it is not decoded."""
-        return self[index].annotations
+        """The record is read, the image in it is not decoded.
+
+        Where the image's header is damaged, its size is lost, and the boxes are in pixels of an image of UNKNOWN_SIZE.
+        """
+        try:
+            return self[index].annotations
+        except UnreadableError:
+            annotations, size, _ = self._stated(self._records[index], index, UNKNOWN_SIZE)
+            return checks.clean(annotations, size)
 
     def listing(self, most: int, track: Track) -> Listing:
         """Of at most `most` records."""
@@ -78,12 +88,17 @@ class Tfds:
         detail = f'label {label!r} is not among the class names ({", ".join(self.class_names)})'
         return Finding('unknown_label', annotations.file_name, detail, label=label)
 
-    def _stated(self, record: Mapping[str, Any], index: int) -> tuple[Annotations, tuple[int, int], list[str]]:
-        """What the record says, with -1 as label where the class is not one of ours; size; names of the labels."""
+    def _stated(
+        self, record: Mapping[str, Any], index: int, size: tuple[int, int] | None = None
+    ) -> tuple[Annotations, tuple[int, int], list[str]]:
+        """What the record says, with -1 as label where the class is not one of ours; size; names of the labels.
+
+        `size` (height, width) is that of the image where it is not given.
+        """
         image, objects = record['image'], record['objects']
         file_name = _decoded(record.get('image/filename', ''))
         where = f'{self._where}, {file_name or f"image {index}"}'
-        height, width = transforms.image_size(image, where) if isinstance(image, bytes) else image.shape[:2]
+        height, width = size or (transforms.image_size(image, where) if isinstance(image, bytes) else image.shape[:2])
         boxes_M4 = np.asarray(objects['bbox'], np.float32).reshape(-1, 4)
         given_M = np.asarray(objects['label'], np.int64)
         annotations = Annotations(
@@ -96,6 +111,13 @@ class Tfds:
             is_difficult=np.asarray(objects.get('is_difficult', [False] * len(given_M)), bool),
         )
         return annotations, (height, width), [self._names[given] for given in given_M]
+
+
+def _category_ids(class_names: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
+    """1..K, but COCO's own for COCO, whose `names` a prepared dataset holds without them: they have holes."""
+    if set(names) != set(coco.USED_NAMES):
+        return tuple(range(1, len(class_names) + 1))
+    return tuple(category_ids(class_names, dict(zip(coco.CLASS_NAMES, coco.CATEGORY_IDS, strict=True))))
 
 
 def _prepared(name: str) -> Any:

@@ -5,78 +5,66 @@ pad is the mean colour only after normalising (spec 9).
 """
 
 import io
-import stat
+import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
+from effdet_jax.data.files import FORMATS, read_bytes
 from effdet_jax.errors import UnreadableError
 
 # What an image may claim to be before any of it is decoded: 537 MB as RGB. Far above any camera; a bomb claims more.
 MAX_PIXELS = 178_956_970
-MAX_BYTES = 2**31 - 1  # of a file; OpenCV's decoders take no more
 
-# Read by OpenCV, and by Pillow, which tells their size from the header. A format of which only one of them knows is
-# refused: either its size is unknown until it is decoded, or its decoder is one that few have tested.
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'AVIF', 'JPEG2000', 'PPM', 'SUN')
-
-# Of a damaged image OpenCV prints several lines; ours is one, and names the file.
+# Of a damaged image both libraries print lines that do not name the file; ours is one, and does.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
-def decode(encoded: bytes, name: str, *, upright: bool = False, reduction: int = 1) -> UInt8[np.ndarray, 'H W 3']:
-    """Encoded image -> RGB.
+def decode(encoded: bytes, name: str, *, reduction: int = 1, quiet: bool = False) -> UInt8[np.ndarray, 'H W 3']:
+    """Encoded image -> RGB, turned upright by its EXIF orientation, as viewers and labelling tools show it.
 
     `reduction`: 2, 4 or 8 make a JPEG that many times smaller, odd sides rounded up, as averages and at less cost.
+    `quiet`: nothing is printed of a JPEG whose damage can be decoded, at nearly twice the cost; `reduction` is then 1.
 
-    Grey becomes three equal channels, 16 bits become 8, transparent pixels are laid on white, as viewers show them.
-    The orientation in a photograph's EXIF data is ignored, because annotations refer to the stored pixels, unless
-    `upright`. `name` is for the message of the UnreadableError that an undecodable, empty or enormous image raises.
+    Grey becomes three equal channels, 16 bits become 8, transparent pixels are laid on white. `name` is for the message
+    of the UnreadableError that an undecodable, empty or enormous image raises.
     """
     header = _open_header(encoded, name)
-    if header.mode in ('RGBA', 'LA', 'PA') or 'transparency' in header.info:
-        return _on_white(header, name, upright)
-    flags = cv2.IMREAD_COLOR_RGB if upright else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    if is_jpeg(encoded):
-        flags |= _REDUCTIONS[reduction]
-    try:
-        image_HW3 = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    except cv2.error as error:
-        raise UnreadableError(name, f'cannot be decoded ({error.err})') from error
+    orientation = _orientation(header)
+    # OpenCV for JPEG: the same pixels as Pillow's, without a copy that holds the GIL. Both OpenCV's libpng and libjpeg
+    # print lines of damaged images that do not name the file. Pillow's are silent.
+    image_HW3 = _decode_jpeg(encoded, reduction) if is_jpeg(encoded) and not quiet else None
     if image_HW3 is None:
-        raise UnreadableError(name, 'not an image that can be decoded')
-    return image_HW3
+        image_HW3 = _decode_other(header, name)
+    # Pillow turns TIFF by itself
+    return image_HW3 if header.format == 'TIFF' else _TURNS[orientation](image_HW3)
 
 
 def read_image(path: str | Path) -> UInt8[np.ndarray, 'H W 3']:
-    """An image file -> RGB, turned upright by its EXIF orientation; otherwise as `decode`."""
-    return decode(read_bytes(path), str(path), upright=True)
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a regular file of at most MAX_BYTES; an UnreadableError where it cannot be read."""
-    path = Path(path)
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # of a device or a pipe one could read for ever
-            raise UnreadableError(path, 'not a regular file')
-        if status.st_size > MAX_BYTES:
-            raise UnreadableError(path, f'{status.st_size:,} bytes, more than {MAX_BYTES:,}')
-        return path.read_bytes()
-    except OSError as error:
-        reason = f'cannot be read ({error.strerror})'
-        raise UnreadableError(path, reason, 'check the path and its permissions') from error
-    except ValueError as error:  # a NUL, half a character
-        raise UnreadableError(repr(str(path)), f'no file can have this name ({error})', 'correct it') from error
+    """An image file -> RGB, as `decode`."""
+    return decode(read_bytes(path), str(path))
 
 
 def image_size(encoded: bytes, name: str) -> tuple[int, int]:
-    """(height, width) of the stored pixels, from the header alone. Raises UnreadableError as `decode`."""
+    """(height, width) of the upright image, from the header alone. Raises UnreadableError as `decode`."""
     header = _open_header(encoded, name)
-    return header.height, header.width
+    turned = _orientation(header) >= 5 and header.format != 'TIFF'  # whose size Pillow tells as it is upright
+    return (header.width, header.height) if turned else (header.height, header.width)
+
+
+def exif_orientation(encoded: bytes, name: str) -> int:
+    """1 to 8; 1 where the image is stored as it is shown, 5 to 8 where its rows are stored as columns."""
+    return _orientation(_open_header(encoded, name))
+
+
+def is_deep(encoded: bytes, name: str) -> bool:
+    """Whether a channel has more than 8 bits."""
+    header = _open_header(encoded, name)
+    return header.mode[0] in 'IF' or ';16' in str(getattr(header, 'tile', ''))
 
 
 def is_jpeg(encoded: bytes) -> bool:
@@ -133,7 +121,7 @@ def _open_header(encoded: bytes, name: str) -> Image.Image:
     if not encoded:
         raise UnreadableError(name, 'the file is empty')
     try:
-        header = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        header = Image.open(io.BytesIO(encoded), formats=tuple(FORMATS))
     except Image.DecompressionBombError as error:
         raise UnreadableError(name, _ENORMOUS, 'scale it down or remove it') from error
     except Exception as error:  # Pillow's readers raise what they like on damaged headers
@@ -143,13 +131,44 @@ def _open_header(encoded: bytes, name: str) -> Image.Image:
     return header
 
 
-def _on_white(image: Image.Image, name: str, upright: bool) -> np.ndarray:
+def _orientation(header: Image.Image) -> int:
     try:
-        image = (ImageOps.exif_transpose(image) if upright else image).convert('RGBA')
-    except Exception as error:  # as above; convert is what decodes
+        # Not PngImageFile's own getexif, which decodes the image to look behind it.
+        orientation = Image.Image.getexif(header).get(_ORIENTATION_TAG)
+    except Exception:  # of damaged EXIF data, whatever Pillow raises: viewers show the image as it is stored
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
+
+
+def _decode_jpeg(encoded: bytes, reduction: int) -> np.ndarray | None:
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCTIONS[reduction]
+    try:
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error:
+        return None
+
+
+def _decode_other(image: Image.Image, name: str) -> np.ndarray:
+    """By Pillow, which also knows why an image that OpenCV cannot decode is damaged."""
+    try:
+        if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+            rgba = image.convert('RGBA')
+            return np.array(Image.alpha_composite(Image.new('RGBA', image.size, 'white'), rgba).convert('RGB'))
+        if image.mode[0] in 'IF':  # 16 or 32 bits; Pillow would cut off what is above 255
+            return _grey_of_8_bits(np.asarray(image))
+        return np.array(image.convert('RGB'))
+    except Exception as error:  # as above
+        if 'truncated' in str(error).lower():
+            advice = 'open it in an image editor and save it again, or replace it'
+            raise UnreadableError(name, 'the file ends too early', advice) from error
         raise UnreadableError(name, f'cannot be decoded ({error})') from error
-    white = Image.new('RGBA', image.size, 'white')
-    return np.asarray(Image.alpha_composite(white, image).convert('RGB'))
+
+
+def _grey_of_8_bits(values_HW: np.ndarray) -> np.ndarray:
+    """Of 16 bits the upper 8; floating-point numbers are grey levels as they stand."""
+    levels_HW = values_HW if values_HW.dtype.kind == 'f' else values_HW >> 8
+    grey_HW = np.clip(np.nan_to_num(levels_HW), 0, 255).astype(np.uint8)
+    return np.repeat(grey_HW[..., None], 3, axis=2)
 
 
 # One bit each. In their names that say colour the bit for BGR is set as well, which excludes the one for RGB.
@@ -158,6 +177,19 @@ _REDUCTIONS = {
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> what makes the stored image upright
+_TURNS = {
+    1: lambda image: image,
+    2: lambda image: cv2.flip(image, 1),
+    3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
+    4: lambda image: cv2.flip(image, 0),
+    5: lambda image: cv2.transpose(image),
+    6: lambda image: cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda image: cv2.flip(cv2.transpose(image), -1),
+    8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
 
 _ENORMOUS = f'more than {MAX_PIXELS // 10**6} megapixels, probably damaged'

@@ -151,10 +151,11 @@ def annotation(**changes):
     return broken_coco(annotations=[{**coco_content()['annotations'][0], **changes}])
 
 
-def remove(name: str):
+def remove(*names: str):
     def write(root: Path) -> str:
         spec = voc(root)
-        (root / name).unlink()
+        for name in names:
+            (root / name).unlink()
         return spec
 
     return write
@@ -173,7 +174,11 @@ def overwrite(name: str, text: str, write):
     ('write', 'message'),
     [
         (remove('JPEGImages/b.jpg'), r'b\.jpg: there is no such file: add it'),
-        (remove('Annotations/b.xml'), r'b\.xml: cannot be read \(No such file'),
+        (
+            remove('Annotations/a.xml', 'Annotations/b.xml'),
+            r'Annotations: none of the 2 images of .* has an XML',
+        ),
+        (remove('Annotations/b.xml', 'JPEGImages/b.jpg'), r'b\.jpg: there is no such file: add it'),
         (overwrite('Annotations/a.xml', '<annotation>\n<object>', voc), r'a\.xml: not valid XML .*line 2'),
         (lambda root: voc(root, '<object><name>cat</name></object>'), r'a\.xml: an object without <bndbox/ymin>'),
         (lambda root: voc(root, voc_object('cat', (1, 2, 'nan', 4))), r'a\.xml: cat: expected 4 finite numbers'),

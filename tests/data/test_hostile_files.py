@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_annotation_files import coco, coco_content, overwrite, table, voc
 
-from effdet_jax.data import open_source, read_image, transforms
+from effdet_jax.data import files, open_source, read_image, transforms
 from effdet_jax.errors import UnreadableError, UserError
 
 PIXELS = 60_000  # on each side: 10.8 GB as RGB
@@ -88,7 +88,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
 def test_a_file_larger_than_the_decoders_take_is_not_read(tmp_path):
     path = tmp_path / 'x.png'
     with path.open('wb') as file:
-        file.truncate(transforms.MAX_BYTES + 1)  # sparse: it takes no room
+        file.truncate(files.MAX_BYTES + 1)  # sparse: it takes no room
     with pytest.raises(UnreadableError, match=r'x\.png: 2,147,483,648 bytes, more than'):
         read_image(path)
 
@@ -163,5 +163,5 @@ def test_numbers_beyond_reason_are_refused(box, tmp_path):
 def test_a_csv_that_is_no_text_is_named_with_its_line(tmp_path):
     spec = table(tmp_path)
     (tmp_path / 'table.csv').write_bytes((tmp_path / 'table.csv').read_bytes() + b'\xff\xfe\n')
-    with pytest.raises(UserError, match=r'table\.csv:5: not a CSV table in UTF-8'):
+    with pytest.raises(UserError, match=r'table\.csv:5: not text in UTF-8 .*save it as UTF-8'):
         open_source(spec)

@@ -1,4 +1,7 @@
+import contextlib
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -130,17 +133,126 @@ def test_any_kind_of_image_becomes_rgb(encoded, expected, tmp_path):
     np.testing.assert_array_equal(transforms.read_image(tmp_path / 'x.png'), expected)
 
 
-@pytest.mark.parametrize('format_', ['JPEG', 'PNG'])
-def test_photograph_is_turned_upright_for_prediction_only(tmp_path, format_):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows are columns
+# EXIF orientation: what a camera that writes it did to the picture
+STORED = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: np.rot90(upright),
+    7: lambda upright: np.rot90(upright, 2).transpose(1, 0, 2),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+def photograph(upright: np.ndarray, orientation: int, format_: str, **options) -> bytes:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))).save(buffer, format_, exif=exif, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize('orientation', STORED)
+@pytest.mark.parametrize(
+    ('format_', 'options', 'tolerance'),
+    [
+        ('JPEG', {'quality': 100, 'subsampling': 0}, 4),
+        ('PNG', {}, 0),
+        ('WEBP', {'lossless': True}, 0),
+        ('TIFF', {}, 0),
+        ('AVIF', {'quality': 100, 'subsampling': '4:4:4'}, 8),
+    ],
+)
+def test_every_image_is_turned_upright(orientation, format_, options, tolerance, tmp_path):
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :8], upright[8:, 16:] = (200, 40, 40), (40, 40, 200)
+    encoded = photograph(upright, orientation, format_, **options)
+    decoded = transforms.decode(encoded, 'x')
+    assert decoded.shape == (16, 24, 3) and transforms.image_size(encoded, 'x') == (16, 24)
+    assert np.abs(decoded.astype(int) - upright).max() <= tolerance
+    assert transforms.exif_orientation(encoded, 'x') == orientation
+    (tmp_path / 'x').write_bytes(encoded)
+    np.testing.assert_array_equal(transforms.read_image(tmp_path / 'x'), decoded)  # prediction sees what training saw
+
+
+def test_a_turned_jpeg_can_be_decoded_smaller():
+    encoded = photograph(np.full((64, 48, 3), 9, np.uint8), 6, 'JPEG')
+    assert transforms.decode(encoded, 'x', reduction=4).shape == (16, 12, 3)
+
+
+def test_transparent_image_is_turned_too():
+    assert transforms.decode(photograph(OPAQUE, 6, 'PNG'), 'x').shape == RGB.shape
+
+
+@pytest.mark.parametrize('orientation', [0, 9])
+def test_orientation_that_exif_does_not_know_turns_nothing(orientation):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(RGB).save(buffer, 'PNG', exif=exif)
+    np.testing.assert_array_equal(transforms.decode(buffer.getvalue(), 'x'), RGB)
+
+
+def encoded_as(format_: str) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(OPAQUE if format_ == 'PNG' else RGB).save(buffer, format_, exif=exif)
-    (tmp_path / 'x').write_bytes(buffer.getvalue())
-    assert transforms.read_image(tmp_path / 'x').shape == (7, 5, 3)
-    stored = transforms.decode(buffer.getvalue(), 'x')
-    assert stored.shape == (5, 7, 3) and transforms.image_size(buffer.getvalue(), 'x') == (5, 7)
-    np.testing.assert_array_equal(np.rot90(stored, -1), transforms.read_image(tmp_path / 'x'))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(buffer, format_)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    'encoded',
+    [encoded_as('JPEG')[:-1], encoded_as('JPEG')[:-700], encoded_as('PNG')[:-700], encoded_as('BMP')[:-1]],
+    ids=['last byte of a JPEG', 'half a JPEG', 'half a PNG', 'BMP'],
+)
+def test_image_that_ends_too_early_is_told_so(encoded):
+    with pytest.raises(UserError, match=r'^x: the file ends too early: open it in an image editor and save it again'):
+        transforms.decode(encoded, 'x')
+
+
+def with_chunk(name: bytes, content: bytes) -> bytes:
+    chunk = struct.pack('>I', len(content)) + name + content + struct.pack('>I', zlib.crc32(name + content))
+    encoded = png(RGB)
+    return encoded[:33] + chunk + encoded[33:]
+
+
+@pytest.mark.parametrize(
+    'encoded',
+    [
+        with_chunk(b'iCCP', b'x\0\0' + zlib.compress(b'no profile')),
+        with_chunk(b'sBIT', b'\xff\xff\xff'),
+        encoded_as('PNG')[:-12],
+        encoded_as('PNG')[:200] + b'\0' + encoded_as('PNG')[201:],
+        encoded_as('TIFF')[:-900],
+    ],
+    ids=['profile', 'bits', 'without its end', 'checksum', 'TIFF'],
+)
+def test_libraries_print_nothing(encoded, capfd):
+    with contextlib.suppress(UserError):
+        transforms.decode(encoded, 'x')
+    assert capfd.readouterr() == ('', '')
+
+
+def test_damaged_jpeg_is_decoded_in_silence_where_asked_for(capfd):
+    encoded = encoded_as('JPEG')
+    damaged = encoded[:-2] + b'\1\2\3' + encoded[-2:]
+    quiet = transforms.decode(damaged, 'x', quiet=True)
+    assert capfd.readouterr() == ('', '')
+    np.testing.assert_array_equal(transforms.decode(encoded, 'x'), quiet)
+
+
+@pytest.mark.parametrize(
+    ('encoded', 'deep', 'brightest'),
+    [
+        (cv2.imencode('.tif', np.linspace(0, 4095, 35).reshape(5, 7).astype(np.uint16))[1].tobytes(), True, 15),
+        (cv2.imencode('.png', np.full((5, 7), 1023, np.uint16))[1].tobytes(), True, 3),
+        (cv2.imencode('.png', np.full((5, 7, 3), 16383, np.uint16))[1].tobytes(), True, 63),
+        (cv2.imencode('.tif', np.full((5, 7), 0.5, np.float32))[1].tobytes(), True, 0),
+        (png(np.full((5, 7, 3), 20, np.uint8)), False, 20),
+    ],
+    ids=['12 bits', '10 bits', '14 bits, colour', 'fractions', '8 bits'],
+)
+def test_more_than_8_bits_are_known(encoded, deep, brightest):
+    assert transforms.is_deep(encoded, 'x') == deep and transforms.decode(encoded, 'x').max() == brightest
 
 
 @pytest.mark.parametrize('encoded', [b'', b'no image', png(RGB)[:20]], ids=['empty', 'text', 'cut off'])
@@ -152,7 +264,7 @@ def test_undecodable_image_is_named(encoded):
 def test_enormous_image_is_refused_before_it_is_decoded():
     header = bytearray(png(RGB))
     header[16:24] = (20_000).to_bytes(4, 'big') * 2
-    header[29:33] = __import__('zlib').crc32(header[12:29]).to_bytes(4, 'big')
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, 'big')
     with pytest.raises(UserError, match='178 megapixels'):
         transforms.decode(bytes(header), 'bomb.png')
 
