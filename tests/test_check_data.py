@@ -1,6 +1,8 @@
 """The check of data: on BCCD as it is, with a planted fault of every kind, and of every kind of source."""
 
 import json
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import cv2
 import numpy as np
 import planted_faults
 import pytest
+from PIL import Image
 
 from effdet_jax import data, inspection, inspection_report
 from effdet_jax.configs import bccd as bccd_config
@@ -164,6 +167,54 @@ def test_drawn_pictures_have_no_faults_and_a_sample_says_nothing_of_classes():
     sample = inspection.inspect_sources(c, sources, {'train': [], 'eval': []}, most=3)
     assert [row.file for row in sample.listings['train'].images] == [f'shapes, picture {i}' for i in (0, 149, 299)]
     assert sample.listings['train'].sampled and 'class_without_examples' not in kinds(sample)['train']
+
+
+def test_crowds_are_counted(tmp_path):
+    cv2.imwrite(str(tmp_path / 'a.png'), np.zeros((30, 40, 3), np.uint8))
+    box = {'image_id': 1, 'category_id': 1, 'bbox': [5, 5, 30, 20], 'iscrowd': '1'}
+    content = {
+        'images': [{'id': 1, 'file_name': 'a.png'}],
+        'categories': [{'id': 1, 'name': 'cat'}],
+        'annotations': [{'id': 1, **box}],
+    }
+    (tmp_path / 'coco.json').write_text(json.dumps(content))
+    found = inspection.inspect(config(f'coco:{tmp_path}/coco.json,{tmp_path}', eval_split='shapes@0:2'))
+    with metrics.console.capture() as printed:
+        inspection_report.show(found, images=False)
+    assert 'train: 1 images, 1 objects, 1 crowd among them' in printed.get()
+    assert '1 objects (1 are crowds), of which none can be learned' in printed.get()
+    assert inspection_report.to_json(found)['splits']['train'] == {'images': 1, 'objects': 1, 'crowds': 1}
+
+
+def test_classes_that_differ_only_in_case_or_blanks(csv_files):
+    rows = [f'a.png,5,5,{x},25,{name}' for x, name in enumerate(('Cup', 'cup', 'tea cup', 'tea_cup', 'pen'), start=20)]
+    found = inspection.inspect(config(csv_files('train', *rows), eval_split=csv_files('eval', *rows)))
+    assert [f.message for f in found.of_kind('similar_classes')['train']] == [
+        "class 'cup': there is also 'Cup': if they are the same, give them the same name",
+        "class 'tea_cup': there is also 'tea cup': if they are the same, give them the same name",
+    ]
+
+
+def test_an_image_that_is_stored_turned_is_told_where_no_size_tells_what_was_annotated(csv_files, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(tmp_path / 'a.png').save(tmp_path / 'a.png', exif=exif)
+    c = config(csv_files('train', 'a.png,5,5,29,39,cat'), eval_split=csv_files('eval', 'b.png,5,5,35,25,cat'))
+    found = inspection.inspect(c, images=True)
+    assert kinds(found)['train'] == {'turned_image'}  # and the box lies inside of the upright image, 30x40
+    assert found.count('error') == 0
+
+
+def test_no_library_prints_a_line_of_its_own(csv_files, tmp_path, capfd):
+    encoded = (tmp_path / 'b.png').read_bytes()
+    profile = b'iCCP' + b'x\0\0'
+    chunk = struct.pack('>I', 3) + profile + struct.pack('>I', zlib.crc32(profile))
+    (tmp_path / 'a.png').write_bytes(encoded[:33] + chunk + encoded[33:])
+    jpeg = cv2.imencode('.jpg', np.full((30, 40, 3), 9, np.uint8))[1].tobytes()
+    (tmp_path / 'c.png').write_bytes(jpeg[:-2] + b'\1\2\3' + jpeg[-2:])
+    c = config(csv_files('train', 'a.png,5,5,9,9,cat'), eval_split=csv_files('eval', 'c.png,5,5,9,9,cat'))
+    inspection.inspect(c, images=True)
+    assert capfd.readouterr().err == ''
 
 
 def test_advice_on_the_scale_of_anchors(csv_files):

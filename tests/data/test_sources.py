@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -86,6 +87,30 @@ print(next(iter(batches))['image'].shape)
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout == '(2, 64, 64, 3)\n', done.stderr
+
+
+@pytest.mark.parametrize('folder', ['a + b', 'my, data', 'me@home', 'a + b, c@d', 'shapes + rings'])
+def test_folders_may_have_any_name(tmp_path, monkeypatch, folder):
+    root = tmp_path / folder
+    for name in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        (root / name).mkdir(parents=True)
+    (root / 'JPEGImages' / 'a.jpg').touch()
+    (root / 'Annotations' / 'a.xml').write_text('<annotation/>')
+    (root / 'ImageSets' / 'Main' / 'train.txt').write_text('a')
+    (root / 'table.csv').write_text('image,xmin,ymin,xmax,ymax,label\nJPEGImages/a.jpg,1,2,3,4,cat\n')
+    coco = {'images': [{'id': 1, 'file_name': 'a.jpg'}], 'annotations': [], 'categories': [{'id': 1, 'name': 'cat'}]}
+    (root / 'coco.json').write_text(json.dumps(coco))
+    for where in (str(root), folder):
+        monkeypatch.chdir(tmp_path)
+        csv, voc, json_ = f'csv:{where}/table.csv', f'voc:{where}', f'coco:{where}/coco.json,{where}/JPEGImages'
+        for spec, split in (('', csv), (voc, 'train'), ('', f'{voc}@train'), ('', json_), (csv, '')):
+            assert len(open_source(spec, split)) == 1
+        assert len(open_source(f'{csv} + coco:{where}/coco.json, {where}/JPEGImages')) == 2
+
+
+def test_a_user_that_does_not_exist_is_a_folder_that_does_not_exist():
+    with pytest.raises(UserError, match='no such file'):
+        open_source('csv:~nobody_of_this_name/a.csv')
 
 
 def write_table(root, *rows):

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from effdet_jax.data import fingerprint, open_source
+from effdet_jax.configs import coco
+from effdet_jax.data import eval_batches, fingerprint, open_source
 from effdet_jax.errors import UserError
 
 tfds = pytest.importorskip('tensorflow_datasets')
@@ -112,6 +113,58 @@ def test_fingerprint_is_that_of_the_name_the_version_and_the_split(prepared, tmp
     info_file = tmp_path / 'tiny_detection/2007/1.0.1/dataset_info.json'
     info_file.write_text(info_file.read_text().replace('1.0.0', '1.0.1'))
     assert fingerprint(open_source('tfds:tiny_detection/2007', 'train')) != known
+
+
+class TinyCoco(TinyDetection, skip_registration=True):
+    """The classes of COCO as TFDS has them: 80 names without their ids."""
+
+    def _info(self):
+        info = super()._info()
+        names = list(coco.USED_NAMES)
+        objects = {'bbox': tfds.features.BBoxFeature(), 'label': tfds.features.ClassLabel(names=names)}
+        features = {**info.features, 'objects': tfds.features.Sequence(objects)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, indices):
+        for i in indices:
+            objects = [{'bbox': tfds.features.BBox(0.0, 0.0, 0.5, 0.5), 'label': 'toothbrush'}]
+            yield i, {'image': image(i), 'image/filename': f'{i}.png', 'objects': objects}
+
+
+# COCO 2017, instances_val2017.json: the ids of its categories
+HOLES = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+
+
+def test_coco_has_its_own_ids(tmp_path, monkeypatch):
+    TinyCoco(data_dir=str(tmp_path), file_format='array_record').download_and_prepare()
+    monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+    spec = 'tfds:tiny_coco/2007'
+    source = open_source(spec, 'train')
+    assert source.category_ids == tuple(sorted(set(range(1, 91)) - HOLES))
+    id_of = dict(zip(source.class_names, source.category_ids, strict=True))
+    official = {'person': 1, 'stop sign': 13, 'backpack': 27, 'dining table': 67, 'tv': 72, 'toothbrush': 90}
+    assert {name: id_of[name] for name in official} == official
+    (label,) = source[0].annotations.labels
+    assert source.category_ids[label] == 90
+    assert open_source(spec, 'train', coco.CLASS_NAMES).category_ids == coco.CATEGORY_IDS
+    assert open_source(spec, 'train', ('toothbrush', 'dragon', 'tv')).category_ids[::2] == (90, 72)
+
+
+def test_fewer_classes_with_names_of_coco_keep_their_numbers():
+    assert open_source('tfds:tiny_detection/2007', 'train').category_ids == (1, 2)
+
+
+@pytest.mark.parametrize('keep', [0, 20, 60], ids=['empty', 'header', 'pixels'])
+def test_a_damaged_image_is_one_in_which_nothing_is_found(monkeypatch, keep):
+    source = open_source('tfds:tiny_detection/2007', 'train')
+    records = [dict(source._records[i]) for i in range(4)]
+    damaged = next(i for i, record in enumerate(records) if record['image/filename'] in ('002.png', b'002.png'))
+    records[damaged]['image'] = records[damaged]['image'][:keep]
+    monkeypatch.setattr(source, '_records', records)
+    (batch,) = eval_batches(source, image_size=(32, 32), batch_size=4, threads=0)
+    assert [bool(error) for error in batch.errors] == [i == damaged for i in range(4)]
+    assert len(batch.annotations[damaged].labels) == 2 and batch.valid_size[damaged].tolist() == [0, 0]
+    assert (batch.annotations[damaged].boxes_yxyx[:, 2:] > batch.annotations[damaged].boxes_yxyx[:, :2]).all()
 
 
 def test_given_class_names_fix_the_labels():
