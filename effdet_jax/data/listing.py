@@ -25,6 +25,7 @@ class ImageRow(NamedTuple):
     file: str
     where: str
     size: tuple[int, int] = (0, 0)  # height, width; 0: the annotations do not say
+    is_measured: bool = False  # whether the size is the image's own, and no annotation
 
 
 class ObjectRow(NamedTuple):

@@ -124,10 +124,9 @@ def check_images(
                 values = {'width': size[1], 'height': size[0], 'stated': stated[::-1]}
                 findings.append(Finding('another_size', file, detail, file, values=values, advice=advice))
                 sizes_I2[i] = stated  # what else is wrong with its boxes is told by the size they were made for
-            elif one.orientation > 1 and (one.orientation < 5 or size[0] == size[1] or not stated[0]):
-                # which image the boxes were drawn on, the stored or the upright one, no size tells
-                detail = f'EXIF orientation {one.orientation}'
-                findings.append(Finding('turned_image', file, detail, file))
+            # Whether the boxes were drawn on the stored or on the upright image is told by an annotated size alone.
+            elif one.orientation > 1 and not (one.orientation >= 5 and size[0] != size[1] and _is_stated(listing, i)):
+                findings.append(Finding('turned_image', file, f'EXIF orientation {one.orientation}', file))
             if one.brightest is not None:
                 detail = f'more than 8 bits, of which it uses {one.brightest + 1} of 256 grey levels'
                 findings.append(Finding('dark_image', file, detail, file, values={'brightest': one.brightest}))
@@ -160,6 +159,10 @@ def num_usable(listing: Listing) -> int:
 
 def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _is_stated(listing: Listing, image: int) -> bool:
+    return bool(listing.sizes[image, 0] > 0 and not listing.images[image].is_measured)
 
 
 def _similar_classes(listing: Listing) -> Iterator[Finding]:

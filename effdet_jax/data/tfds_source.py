@@ -81,7 +81,7 @@ class Tfds:
         if not np.isfinite(annotations.boxes_yxyx).all():
             return Finding('malformed_annotation', annotations.file_name, 'a coordinate is no finite number')
         name = annotations.file_name
-        return ImageRow(annotations.image_id, name, f'{name}: object ', size), annotations
+        return ImageRow(annotations.image_id, name, f'{name}: object ', size, is_measured=True), annotations
 
     def _unknown(self, annotations: Annotations, names: Sequence[str]) -> Finding:
         label = names[int(np.argmin(annotations.labels))]

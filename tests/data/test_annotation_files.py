@@ -1,5 +1,6 @@
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -246,6 +247,17 @@ def test_a_text_with_leading_zeros_is_no_number(tmp_path):
     source = open_source(coco(tmp_path, content))
     assert [source.annotations(i).image_id for i in range(3)] == ['007', 7, 'img_7']
     assert [len(source.annotations(i).labels) for i in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize('name', ['images\\Tür.JPG', 'images/Tür.jpg', '{root}/images/Tür.jpg', 'Images/tür.jpg '])
+def test_image_names_of_coco_in_other_spellings(tmp_path, name):
+    write_images(tmp_path / 'images')
+    disk = tmp_path / 'images' / unicodedata.normalize('NFD', 'Tür.jpg')
+    (tmp_path / 'images' / 'a.jpg').rename(disk)
+    content = coco_content()
+    content['images'] = [{**content['images'][0], 'file_name': name.format(root=tmp_path)}]
+    (tmp_path / 'coco.json').write_text(json.dumps(content))
+    assert open_source(f'coco:{tmp_path}/coco.json,{tmp_path}')[0].image == disk.read_bytes()
 
 
 @pytest.mark.parametrize(

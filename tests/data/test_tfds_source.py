@@ -1,3 +1,4 @@
+import io
 import json
 import shlex
 import shutil
@@ -8,9 +9,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from effdet_jax.configs import coco
-from effdet_jax.data import eval_batches, fingerprint, open_source
+from effdet_jax import train
+from effdet_jax.configs import coco, default
+from effdet_jax.data import eval_batches, fingerprint, open_source, survey
 from effdet_jax.errors import UserError
 
 tfds = pytest.importorskip('tensorflow_datasets')
@@ -146,6 +149,9 @@ def test_coco_has_its_own_ids(tmp_path, monkeypatch):
     assert {name: id_of[name] for name in official} == official
     (label,) = source[0].annotations.labels
     assert source.category_ids[label] == 90
+    config = default.get_config('d0', 'coco2017')
+    train.remember_classes(config, source, config.dataset.category_ids)  # what a Detector reads from config.json
+    assert dict(zip(config.dataset.class_names, config.dataset.category_ids, strict=True)) == id_of
     assert open_source(spec, 'train', coco.CLASS_NAMES).category_ids == coco.CATEGORY_IDS
     assert open_source(spec, 'train', ('toothbrush', 'dragon', 'tv')).category_ids[::2] == (90, 72)
 
@@ -165,6 +171,18 @@ def test_a_damaged_image_is_one_in_which_nothing_is_found(monkeypatch, keep):
     assert [bool(error) for error in batch.errors] == [i == damaged for i in range(4)]
     assert len(batch.annotations[damaged].labels) == 2 and batch.valid_size[damaged].tolist() == [0, 0]
     assert (batch.annotations[damaged].boxes_yxyx[:, 2:] > batch.annotations[damaged].boxes_yxyx[:, :2]).all()
+
+
+def test_a_turned_image_is_noted(monkeypatch):
+    source = open_source('tfds:tiny_detection/2007', 'train')
+    exif, turned = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new('RGB', (40, 20)).save(turned, 'JPEG', exif=exif)
+    record = {**source._records[0], 'image': turned.getvalue()}
+    monkeypatch.setattr(source, '_records', [record])
+    monkeypatch.setattr(type(source), '__len__', lambda self: 1)
+    findings, listing, _ = survey.check_images(source, source.listing(9, lambda x, *_: x), lambda x, *_: x)
+    assert [f.kind for f in findings] == ['turned_image'] and listing.sizes.tolist() == [[40, 20]]
 
 
 def test_given_class_names_fix_the_labels():
