@@ -1,24 +1,58 @@
 """What all commands share: flags, --help, --quiet, one-line errors, exit codes (0 done, 1 failed, 2 bad usage)."""
 
+import ast
 import functools
 import os
+import re
 import shutil
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
+from effdet_jax import config as run_config
 from effdet_jax import configs, startup
+from effdet_jax.configs import rules
 from effdet_jax.errors import UserError
 
 QUIET = flags.DEFINE_bool('quiet', False, 'say nothing but results, warnings and errors')
 VERBOSE = flags.DEFINE_bool('verbose', False, 'say what is compiled and what libraries log; tracebacks with errors')
 
 CONFIGS = Path(configs.__path__[0]).resolve()  # beside the package in a checkout, inside of it where it is installed
+
+
+class TupleParser(flags.ArgumentParser):
+    """(1, 2), 1,2, or a single value as it is: 512 and cup are (512,) and ('cup',).
+
+    In the place of ml_collections' own, whose flags, given twice, are joined: as with numbers, the last one counts.
+    """
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        if isinstance(argument, tuple):
+            return argument  # the config's own
+        try:
+            value = ast.literal_eval(argument)
+        except (ValueError, SyntaxError):  # a word without quotes
+            if ',' in argument:
+                raise
+            value = argument
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+class FloatParser(flags.FloatParser):
+    """A number, or None where the key may be None."""
+
+    def convert(self, argument: Any) -> Any:
+        return None if argument == 'None' else super().convert(argument)
+
+
+config_flags.register_flag_parser_for_type(tuple, TupleParser())
+config_flags.register_flag_parser_for_type(float, FloatParser())
 
 
 class Command(NamedTuple):
@@ -78,16 +112,29 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> Sequence[str]:
     argv = _with_config(list(argv))
     try:
         rest = flags.FLAGS(argv)
+        if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
+            run_config.check(flags.FLAGS['config'].value)
+    except UserError as error:
+        fail(str(error), 2)
     # A config file is run while the flags are parsed, and an override may name a key that does not exist.
-    except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
-        reason = str(error.args[0] if error.args else error)
-        reason = reason.strip().splitlines()[-1] if 'Traceback' in reason else reason
-        fail('bad flags: ' + reason.replace('\\n', ' ').replace("\\'", "'").strip("'"), 2)
+    except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        fail(_reason(error), 2)
     if missing := [f'--{name}' for name in required if not flags.FLAGS[name].value]:
         fail(f'{" and ".join(missing)} missing; --help explains', 2)
     if QUIET.value and VERBOSE.value:
         fail('--quiet and --verbose exclude each other: leave one away', 2)
     return rest
+
+
+def _reason(error: Exception) -> str:
+    """What to tell the user of an error of the flags, or of the config file."""
+    if error.args and isinstance(error.args[0], Exception):  # ml_collections wraps what it raises
+        error = error.args[0]
+    reason = str(error.args[0] if isinstance(error, KeyError) else error).strip()
+    wrong = re.match(r'flag --config\.([\w.]+)=(.*?): ', reason, re.DOTALL)
+    if wrong and wrong[1] in rules.RULES:  # a text that cannot be read as the type of its key
+        return f'config.{wrong[1]}={wrong[2]!r}{rules.RULES[wrong[1]].advice}'
+    return 'bad flags: ' + (reason.splitlines()[-1] if 'Traceback' in reason else reason)
 
 
 def _with_config(argv: list[str]) -> list[str]:

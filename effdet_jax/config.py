@@ -1,4 +1,4 @@
-"""The config of a run: from the command line, on disk, and proof that every key of it is used."""
+"""The config of a run: checked, on disk, and proof that every key of it is used."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from effdet_jax.configs import default
+from effdet_jax.configs import default, rules
 from effdet_jax.errors import UserError
 from effdet_jax.records.files import write_atomically
 
@@ -19,6 +19,33 @@ FREE_KEYS = (
 
 # What a checkpoint means: these must agree to use it at all.
 NETWORK_KEYS = ('model.', 'image.', 'dataset.class_names')
+
+# What a detector is made of beside its weights.
+DETECTOR_KEYS = (
+    *NETWORK_KEYS, 'dataset.category_ids', 'eval.nms', 'eval.per_class', 'eval.max_candidates', 'eval.max_detections',
+    'eval.iou_threshold', 'eval.sigma', 'eval.score_threshold',
+)  # fmt: skip
+
+
+def check(config: ConfigDict, only: tuple[str, ...] = ('',)) -> None:
+    """Checks every key that starts with one of `only` by configs/rules.py, and turns short forms into full ones.
+
+    Raises:
+      UserError: for the first key that is missing or wrong, then for the first keys that do not go together.
+    """
+    given, values = dict(flatten(config.to_dict())), {}
+    for key, rule in rules.RULES.items():
+        if key.startswith(only):
+            if key not in given:
+                raise UserError(f'config.{key} is missing: start from effdet_jax.configs.default.get_config')
+            values[key] = rule.normal(given[key])
+            if not rule.accepts(values[key]):
+                raise UserError(f'config.{key}={given[key]!r}{rule.advice}')
+    for keys, holds, advice in rules.AGREEMENTS:
+        if values.keys() >= {*keys} and not holds(*(values[key] for key in keys)):
+            shown = ' and '.join(f'config.{key}={values[key]!r}' for key in keys)
+            raise UserError(f'{shown} do not go together: {advice}')
+    config.update_from_flattened_dict({key: value for key, value in values.items() if value != given[key]})
 
 
 class Recorded:
@@ -80,6 +107,20 @@ def load(workdir: Path) -> ConfigDict:
             config.update(_with_tuples(_with_todays_keys(json.loads(path.read_text(encoding='utf-8')))))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it from a checkpoint's config/") from error
+    return config
+
+
+def load_detector(workdir: Path) -> ConfigDict:
+    """The config of a run whose weights are to detect. What matters to training alone may be wrong: it is over.
+
+    Raises:
+      UserError: as `load`, and for a value that a detector cannot be made of.
+    """
+    config = load(workdir)
+    try:
+        check(config, DETECTOR_KEYS)
+    except UserError as error:
+        raise UserError(f'{workdir / "config.json"}: {error}') from error
     return config
 
 

@@ -173,6 +173,7 @@ def build(config: Any, workdir: Path) -> Run:
             f'{workdir} holds imported weights, which training would replace: choose another --workdir and add '
             f'--config.train.init_from={workdir}'
         )
+    run_config.check(config)
     c = run_config.Recorded(config)
     train_source, eval_source = open_sources(c)
     remember_classes(config, eval_source, c.dataset.category_ids)
@@ -206,8 +207,6 @@ def build(config: Any, workdir: Path) -> Run:
     if init_from and not has_checkpoints(workdir):
         variables = start_from(Path(init_from), variables, config)
     state = init_state(variables, optimizer, t.ema_decay, c.adversarial.weight > 0)
-    if c.checkpoint.best not in (known := [f'eval/{name}' for name in evaluate.SUMMARY]):
-        raise UserError(f'config.checkpoint.best={c.checkpoint.best!r} is unknown: choose one of {", ".join(known)}')
 
     def every(epochs: float) -> set[int]:
         interval = max(round(epochs * steps_per_epoch), 1)
@@ -314,6 +313,7 @@ def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
     Raises:
       UserError: where the work directory holds no run of this config.
     """
+    run_config.check(config)
     train_source, source = open_sources(config)
     inspection.check_before_training(config, train_source, source)
     remember_classes(config, source, config.dataset.category_ids)

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
+
+from effdet_jax import cli
+from effdet_jax import config as run_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +51,89 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message):
     assert error.count('\n') == 1
     assert message in error
     assert not (ROOT / 'W').exists()
+
+
+# The config, checked by every command that takes one before it does anything.
+
+SHAPES = ('--config=configs/d0.py', '--config.dataset.train_split=0:9', '--config.dataset.eval_split=9:12')
+TAKES_A_CONFIG = {
+    'main': ('--workdir=W',), 'check_data': (), 'plan': (), 'report': ('--workdir=W',), 'benchmark': (),
+    'import_weights': ('--workdir=W', '--source=README.md'),
+}  # fmt: skip
+
+
+def test_every_command_that_takes_a_config_is_tested():
+    modules = {command.module for command in cli.COMMANDS.values()}
+    sources = {module: (ROOT / 'effdet_jax' / f'{module}.py').read_text() for module in modules}
+    assert {module for module, source in sources.items() if 'DEFINE_config_file' in source} == TAKES_A_CONFIG.keys()
+
+
+@pytest.mark.parametrize('command', TAKES_A_CONFIG)
+def test_a_wrong_value_is_one_line_and_exit_code_2(command):
+    wrong = '--config.eval.nms=soft'
+    reason = "error: config.eval.nms='soft' is unknown: choose one of gaussian, hard\n"
+    assert start(command, *SHAPES, wrong, *TAKES_A_CONFIG[command]) == (2, '', reason)
+    assert not (ROOT / 'W').exists()
+
+
+@pytest.mark.parametrize(
+    ('flag', 'message'),
+    [
+        ('--config.image.size=512x640', "config.image.size=('512x640',): give height and width in pixels"),
+        ('--config.train.epochs=nan', 'config.train.epochs=nan: give a number above 0'),
+        ('--config.train.epochs=None', 'config.train.epochs=None: give a number above 0'),
+        ('--config.dataset.class_names=cup,plate', "config.dataset.class_names='cup,plate': give every class a name"),
+        ('--config.train.batch_size=8.5', "config.train.batch_size='8.5': give a whole number from 1"),
+        ('--config.augment.flip=2', "config.augment.flip='2': give True or False"),
+        ('--config.train.epoch=3', 'bad flags: \'epoch\' Did you mean "epochs"'),
+    ],
+)
+def test_what_else_is_wrong_with_a_flag_of_the_config(flag, message):
+    code, out, error = start('check_data', *SHAPES, flag)
+    assert (code, out) == (2, '')
+    assert message in error
+    assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    ('body', 'message'),
+    [
+        ('config.image.size = 512', "bad flags: TypeError: Could not override field 'size'"),
+        ('config.image.size = (512, -1)', 'error: config.image.size=(512, -1): give height and width'),
+        ("open('/nowhere')", "No such file or directory: '/nowhere'"),
+        ('config = {}', "bad flags: 'dict' object has no attribute"),
+        ('del config.train.epochs', 'error: config.train.epochs is missing: start from'),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_is_one_line(body, message, tmp_path):
+    lines = ['from effdet_jax.configs import default', 'def get_config():', '    config = default.get_config("d0")']
+    (tmp_path / 'mine.py').write_text('\n'.join([*lines, f'    {body}', '    return config', '']))
+    code, out, error = start('check_data', f'--config={tmp_path}/mine.py')
+    assert (code, out) == (2, '')
+    assert message in error
+    assert error.count('\n') == 1
+
+
+def test_a_size_is_one_number_and_of_two_flags_the_last_one_counts():
+    sizes = ('--config.image.size=(64,96)', '--config.image.size=128')
+    code, out, error = start('plan', '--config=configs/d0.py', '--no-data', '--no-step', '--quiet', *sizes)
+    assert (code, error) == (0, '')
+    assert 'Network: d0, 90 classes, 128x128 pixels' in out
+
+
+def test_a_run_with_a_wrong_value_is_one_line_until_a_flag_corrects_it(tmp_path):
+    c = tiny.config()
+    c.eval.nms = 'soft'
+    run_config.save(c, tmp_path)
+    reason = "config.eval.nms='soft' is unknown: choose one of gaussian, hard\n"
+    saved = f'--config=configs/saved.py:{tmp_path}'
+    assert start('check_data', saved) == (2, '', f'error: {reason}')
+    assert start('check_data', saved, '--config.eval.nms=hard')[::2] == (0, '')
+    detecting = {'predict': ('README.md', f'--out={tmp_path}/out'), 'export': (f'--out={tmp_path}/out',)}
+    for command, arguments in detecting.items():
+        printed = start(command, f'--workdir={tmp_path}', *arguments)
+        assert printed == (1, '', f'error: {tmp_path}/config.json: {reason}')
+    assert [path.name for path in tmp_path.iterdir()] == ['config.json']
 
 
 def test_a_report_needs_a_run(tmp_path):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from absl.flags import FlagValues
+from ml_collections import config_flags
 
 from effdet_jax import config as run_config
 from effdet_jax.configs import bccd, default, own_data, scaling
@@ -13,7 +15,7 @@ from effdet_jax.configs.recipes import RECIPES
 from effdet_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-NO_RUNS = ('__init__', 'default', 'recipes', 'scaling', 'presets', 'coco', 'saved')
+NO_RUNS = ('__init__', 'default', 'recipes', 'scaling', 'presets', 'coco', 'saved', 'rules')
 FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in NO_RUNS)
 
 FAMILY = {  # spec 1: size, backbone, channels, cells, head layers, anchor scale, fusion, last level, stochastic depth
@@ -70,6 +72,7 @@ def test_every_config_file_has_the_keys_of_the_default(name):
     ours, keys = (dict(run_config.flatten(c.to_dict())) for c in (get_config(name), default.get_config('d0')))
     assert ours.keys() == keys.keys()
     run_config.to_json(get_config(name))  # no function, no array: it can be stored
+    run_config.check(get_config(name))
 
 
 @pytest.mark.parametrize('preset', default.DATASETS)
@@ -131,6 +134,52 @@ def test_a_config_imports_no_jax():
     assert printed.stdout == '[]\n'
 
 
+# From the command line.
+
+
+def from_flags(*flags):
+    argv = ['command', '--config=configs/d0.py', *(f'--config.{flag}' for flag in flags)]
+    values = FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+    values(argv)
+    run_config.check(values.config)
+    return values.config
+
+
+@pytest.mark.parametrize(
+    ('flags', 'key', 'value'),
+    [
+        (['image.size=512'], 'image.size', (512, 512)),
+        (['image.size=512x512'], 'image.size', (512, 512)),
+        (['image.size=(512,)'], 'image.size', (512, 512)),
+        (['image.size=(480, 640)'], 'image.size', (480, 640)),
+        (['image.size=480,640'], 'image.size', (480, 640)),
+        (['image.size=[480,640]'], 'image.size', (480, 640)),
+        (['image.size=(64, 96)', 'image.size=512'], 'image.size', (512, 512)),
+        (['image.size=512', 'image.size=(64, 96)'], 'image.size', (64, 96)),
+        (['image.mean=127', 'image.mean=127.5'], 'image.mean', (127.5,) * 3),
+        (['augment.scale=0.1,2', 'augment.scale=(1, 1)'], 'augment.scale', (1, 1)),
+        (['dataset.class_names=a', 'dataset.class_names=b'], 'dataset.class_names', ('b',)),
+        (["dataset.class_names=('a', 'b')"], 'dataset.class_names', ('a', 'b')),
+        (['dataset.class_names=(1, 2)', 'dataset.class_names=()'], 'dataset.class_names', ()),
+        (['model.anchors.aspect_ratios=((1.4, 0.7),)'], 'model.anchors.aspect_ratios', ((1.4, 0.7),)),
+        (['train.epochs=3', 'train.epochs=4'], 'train.epochs', 4.0),
+        (['train.unfreeze_epoch=3'], 'train.unfreeze_epoch', 3.0),
+        (['train.unfreeze_epoch=3', 'train.unfreeze_epoch=None'], 'train.unfreeze_epoch', None),
+    ],
+    ids=str,
+)
+def test_a_flag_is_read_as_python_writes_it_and_of_two_the_last_one_counts(flags, key, value):
+    assert dict(run_config.flatten(from_flags(*flags).to_dict()))[key] == value
+
+
+def test_what_is_saved_is_the_full_form(tmp_path):
+    run_config.save(from_flags('image.size=64', 'image.mean=127'), tmp_path)
+    saved = json.loads((tmp_path / 'config.json').read_text())['image']
+    assert (saved['size'], saved['mean']) == ([64, 64], [127, 127, 127])
+    run_config.refuse_another(from_flags('image.size=64x64', 'image.mean=(127, 127, 127)'), tmp_path)
+
+
 # Every key is read.
 
 
@@ -159,6 +208,19 @@ def test_what_nobody_has_read_is_refused_by_name():
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     run_config.save(tiny.config(), tmp_path)
     assert run_config.to_json(run_config.load(tmp_path)) == run_config.to_json(tiny.config())
+
+
+def test_a_run_with_a_value_that_is_refused_today_is_read_and_detects_where_it_can(tmp_path):
+    c = tiny.config()
+    c.train.epochs = -1.0
+    run_config.save(c, tmp_path)
+    assert run_config.load_detector(tmp_path).train.epochs == run_config.load(tmp_path).train.epochs == -1
+    c.eval.nms = 'soft'
+    run_config.save(c, tmp_path)
+    assert run_config.load(tmp_path).eval.nms == 'soft'  # so that a flag can change it
+    message = rf"{tmp_path}/config\.json: config\.eval\.nms='soft' is unknown: choose one of gaussian, hard"
+    with pytest.raises(UserError, match=message):
+        run_config.load_detector(tmp_path)
 
 
 def test_a_run_from_before_feature_networks_had_options_is_read(tmp_path):

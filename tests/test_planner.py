@@ -170,9 +170,6 @@ def test_a_feature_network_is_drawn_with_its_cost(tmp_path):
     picture = (tmp_path / 'bifpn.svg').read_text()
     assert 'bifpn, P3-P7, 3 x 64 channels, fast fusion' in picture
     assert '196,281 parameters' in picture  # spec 1
-    config.model.feature_network.name = 'bigfpn'
-    with pytest.raises(UserError, match=r'feature_network\.name=.bigfpn. is unknown'):
-        planner.draw_feature_network(config, tmp_path / 'bigfpn.svg')
 
 
 def test_a_picture_that_cannot_be_written(tmp_path):

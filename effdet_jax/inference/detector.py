@@ -77,7 +77,7 @@ class Detector:
         """
         if Path(workdir).is_file():
             return _of_export(Path(workdir), batch_size, augmentation)
-        config: Any = run_config.load(Path(workdir))
+        config: Any = run_config.load_detector(Path(workdir))
         if not config.dataset.class_names:
             raise UserError(
                 'these weights are a backbone alone: train a detector from them with config.train.init_from'

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effdet_jax.errors import UserError
 from effdet_jax.model import efficientnet, feature_network, heads, layers
 
 BACKBONE_LEVELS = (3, 4, 5)
@@ -81,26 +80,8 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
 def build_model(model_config: Any, num_classes: int, axis_name: str | None = None) -> EfficientDet:
-    """The network that `config.model` describes, for `num_classes` classes (there is no background class).
-
-    Raises:
-      UserError: where a name in the config is not one of those this code knows, or keys contradict each other.
-    """
+    """The network that `config.model` describes, for `num_classes` classes (there is no background class)."""
     c, network = model_config, model_config.feature_network
-    for what, name, known in (
-        ('backbone', c.backbone, efficientnet.VARIANTS),
-        ('feature_network.name', network.name, feature_network.FEATURE_NETWORKS),
-        ('feature_network.fusion', network.fusion, feature_network.FUSIONS),
-        ('dtype', c.dtype, DTYPES),
-    ):
-        if name not in known:
-            raise UserError(f'config.model.{what}={name!r} is unknown: choose one of {", ".join(known)}')
-    feature_network.FEATURE_NETWORKS[network.name](BACKBONE_LEVELS[0], c.max_level)  # it says which levels it is for
-    if network.per_channel and feature_network.FUSIONS[network.fusion] is None:
-        raise UserError(
-            f"config.model.feature_network.per_channel=True needs weights, and fusion='{network.fusion}' has none: "
-            'choose fast or softmax'
-        )
     return EfficientDet(
         num_classes=num_classes,
         backbone=c.backbone,

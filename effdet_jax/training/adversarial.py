@@ -16,27 +16,11 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Bool, Float, UInt8
 
-from effdet_jax.errors import UserError
 from effdet_jax.records.deployed import AUXILIARY, without_auxiliary
-
-LIMITS = {'weight': (0, 100), 'epsilon': (0, 255)}
 
 Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}
 Images = Float[Array, 'B H W 3']  # as the network takes them
 Losses = tuple[Float[Array, 'B'], Float[Array, 'B']]  # of each image: class, box (weighted)
-
-
-def settings(config: Any) -> tuple[float, float]:
-    """(weight of the loss at attacked images, 0: off; how far a pixel moves, of 255).
-
-    Raises:
-      UserError: where one is out of its range.
-    """
-    for key, (low, high) in LIMITS.items():
-        value = getattr(config.adversarial, key)
-        if not low <= value <= high:
-            raise UserError(f'config.adversarial.{key}={value!r} must lie in {low:g} to {high:g}: change it')
-    return config.adversarial.weight, config.adversarial.epsilon
 
 
 def with_auxiliary(variables: Variables) -> Variables:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from effdet_jax.detection import assignment, losses, preprocess
-from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet
 from effdet_jax.model.efficientdet import Outputs
 from effdet_jax.training import adversarial
@@ -41,12 +40,9 @@ def make_objective(config: Any, model: EfficientDet, anchors_N4: Any) -> Callabl
 
     For one device of the mapped axis `model.axis_name`, of parameters and batch statistics as the state has them.
     Losses and metrics are this part's share: to be added up over parts and devices.
-
-    Raises:
-      UserError: where the config's values do not go together.
     """
     mean, std, padding, parts = config.image.mean, config.image.std, config.image.padding, config.train.accumulate
-    weight, epsilon = adversarial.settings(config)
+    weight, epsilon = config.adversarial.weight, config.adversarial.epsilon
     losses_of = make_losses(config, anchors_N4)
 
     def normalize(pixels: jax.Array, valid_size: jax.Array) -> jax.Array:
@@ -93,18 +89,10 @@ def make_objective(config: Any, model: EfficientDet, anchors_N4: Any) -> Callabl
 
 
 def make_losses(config: Any, anchors_N4: Any) -> Callable[..., Losses]:
-    """`losses_of(outputs, targets, normalizer, per_image=False)`; sums over the batch, or over each image.
-
-    Raises:
-      UserError: where the config names an unknown loss.
-    """
+    """`losses_of(outputs, targets, normalizer, per_image=False)`; sums over the batch, or over each image."""
     c = config.loss
     focal = dict(alpha=c.alpha, gamma=c.gamma, label_smoothing=c.label_smoothing)
     delta, box_weight, iou_kind, iou_weight = c.delta, c.box_weight, c.iou_kind, c.iou_weight
-    if iou_kind and iou_kind not in losses.IOU_PENALTIES:
-        raise UserError(
-            f'config.loss.iou_kind={iou_kind!r} is unknown: choose one of {", ".join(losses.IOU_PENALTIES)}'
-        )
 
     def losses_of(
         outputs: Outputs, targets: assignment.Targets, normalizer: jax.Array, per_image: bool = False

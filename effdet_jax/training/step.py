@@ -68,11 +68,7 @@ def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, Any] = Mappi
 def map_train_step(
     config: Any, model: EfficientDet, anchors_N4: Any, steps_per_epoch: int, total_steps: int
 ) -> tuple[MappedStep, optax.GradientTransformation]:
-    """(the step on every device, its optimiser).
-
-    Raises:
-      UserError: as `make_optimizer` and `make_train_step`.
-    """
+    """(the step on every device, its optimiser)."""
     optimizer, schedule = make_optimizer(config, steps_per_epoch, total_steps)
     return MappedStep(make_train_step(config, model, optimizer, schedule, anchors_N4)), optimizer
 
@@ -84,11 +80,7 @@ def make_train_step(
     schedule: Callable,
     anchors_N4: Any,
 ) -> Callable[[TrainState, Batch, bool], tuple[TrainState, Metrics]]:
-    """`step(state, batch, frozen)`, to be mapped over `model.axis_name`. `frozen` is static: whether the regex holds.
-
-    Raises:
-      UserError: where the config's values do not go together.
-    """
+    """`step(state, batch, frozen)`, to be mapped over `model.axis_name`. Static `frozen`: whether the regex holds."""
     axis, seed = model.axis_name, config.seed
     augment_batch = augment.make_augment(config, axis)
     objective, learn = make_objective(config, model, anchors_N4), make_learn(optimizer, config.train.ema_decay)

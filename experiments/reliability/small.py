@@ -14,6 +14,7 @@ import jax
 import tiny
 
 from effdet_jax import cli, main, train
+from effdet_jax.configs import rules
 from effdet_jax.training import parallel
 
 
@@ -28,6 +29,7 @@ def shard(batch):
 
 
 if __name__ == '__main__':
+    rules.RULES['model.max_level'] = rules.whole(3)  # the only level that this network has
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     real_build_model, train.build_model = train.build_model, build_model
     real_shard, parallel.shard = parallel.shard, shard

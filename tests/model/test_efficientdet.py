@@ -7,7 +7,6 @@ from flax import traverse_util
 
 from effdet_jax.configs import default
 from effdet_jax.detection.anchors import level_sizes, make_anchors
-from effdet_jax.errors import UserError
 from effdet_jax.model import build_model, efficientnet, heads, layers
 from effdet_jax.weights.names import shapes_of
 
@@ -168,12 +167,3 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(variables, images,
     for a, b in zip(low, outputs, strict=True):
         # Some forty layers of eight-bit mantissas; another function would differ by more than the spread.
         assert 0 < float(jnp.abs(a - b).mean()) < 0.15 * float(b.std())
-
-
-@pytest.mark.parametrize('key', ['backbone', 'feature_network.name', 'feature_network.fusion', 'dtype'])
-def test_unknown_names_are_refused_with_the_known_ones(key):
-    known = {'backbone': 'lite3', 'dtype': 'bfloat16'} | {
-        'feature_network.name': 'nasfpn', 'feature_network.fusion': 'softmax'
-    }  # fmt: skip
-    with pytest.raises(UserError, match=rf"config\.model\.{key}='b99' is unknown: choose one of .*{known[key]}"):
-        tiny(**{key: 'b99'})

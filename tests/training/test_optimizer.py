@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from effdet_jax.configs import default
 from effdet_jax.configs.recipes import RECIPES
-from effdet_jax.errors import UserError
 from effdet_jax.training import optimizer as op
 
 STEPS_PER_EPOCH = 4
@@ -120,19 +119,6 @@ def test_a_constant_rate_is_constant_after_the_warm_up():
 
 def test_a_run_shorter_than_its_warm_up_never_exceeds_the_rate():
     assert rates(np.arange(4), total_steps=3).max() <= 0.08
-
-
-@pytest.mark.parametrize(
-    ('key', 'value', 'message'),
-    [
-        ('schedule.decay', 'linear', r"config\.schedule\.decay='linear' is unknown: .*cosine, step, constant"),
-        ('optimizer.name', 'lion', r"config\.optimizer\.name='lion' is unknown: .*sgd, adam, adamw"),
-        ('train.freeze', 'back(bone', r"config\.train\.freeze='back\(bone' is no regular expression"),
-    ],
-)
-def test_unknown_names_and_bad_patterns_are_refused(key, value, message):
-    with pytest.raises(UserError, match=message):
-        op.make_optimizer(recipe(**{key: value}), STEPS_PER_EPOCH, 8)
 
 
 # The optimiser.

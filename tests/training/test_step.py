@@ -12,7 +12,6 @@ import tiny
 from effdet_jax.configs import default
 from effdet_jax.detection import assignment, boxes, losses
 from effdet_jax.detection.anchors import make_anchors
-from effdet_jax.errors import UserError
 from effdet_jax.training.optimizer import is_kernel, make_optimizer
 from effdet_jax.training.state import averaging_weight, init_state, init_variables, moving_average
 from effdet_jax.training.step import make_train_step
@@ -171,13 +170,6 @@ def test_an_iou_loss_is_added_with_its_weight(plain, kind):
         iou_BN = boxes.iou(boxes.decode(regressions_BN4, ANCHORS_N4), boxes.decode(wanted_BN4, ANCHORS_N4))
         expected = jnp.sum((1 - iou_BN) * (classes_BN >= 0)) / (positives + 1)
         np.testing.assert_allclose(metrics['iou_loss'], expected, rtol=1e-4)
-
-
-def test_an_unknown_iou_loss_is_refused():
-    with pytest.raises(
-        UserError, match=r"config\.loss\.iou_kind='eiou' is unknown: choose one of iou, giou, diou, ciou"
-    ):
-        make(recipe(**{'loss.iou_kind': 'eiou'}))
 
 
 # Steps without a finite loss or gradient.

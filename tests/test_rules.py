@@ -1,0 +1,274 @@
+"""Every key of the config: what is refused in one line, what is accepted, and names that the code knows."""
+
+import functools
+import itertools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from effdet_jax import config as run_config
+from effdet_jax import evaluate
+from effdet_jax.configs import default, presets, recipes, rules, scaling
+from effdet_jax.detection import losses, nms
+from effdet_jax.errors import UserError
+from effdet_jax.model import efficientdet, efficientnet, feature_network
+from effdet_jax.training import optimizer
+from effdet_jax.training.augmentations import mixing, rand_augment
+
+DEFAULTS = dict(run_config.flatten(default.get_config('d0').to_dict()))
+FOREVER = 10**30  # where there is no upper bound
+
+
+def check(**changes):
+    """The config after `changes` to the default, of any type, and after the check."""
+    tree = default.get_config('d0').to_dict()
+    for key, value in changes.items():  # past the types that a ConfigDict insists on
+        *path, last = key.split('.')
+        functools.reduce(operator.getitem, path, tree)[last] = value
+    config = default.ConfigDict(tree, type_safe=False)
+    run_config.check(config)
+    return dict(run_config.flatten(config.to_dict()))
+
+
+def assert_refused(key, value):
+    with pytest.raises(UserError) as refused:
+        check(**{key: value})
+    message = str(refused.value)
+    assert message.startswith(f'config.{key}={value!r}')
+    assert ': give ' in message or ': choose one of ' in message
+    assert '\n' not in message
+
+
+# {key: (accepted, refused)}, at both ends.
+NUMBERS = {
+    'seed': ((0, 2**32 - 1), (-1, 2**32)),
+    'image.padding': ((-1.0, 0, 2.5), ()),
+    'model.channels': ((1, FOREVER), (0, -8)),
+    'model.cells': ((1, FOREVER), (0,)),
+    'model.head_layers': ((0, FOREVER), (-1,)),
+    'model.max_level': ((5, 10), (2, 4, 11)),
+    'model.stochastic_depth': ((0, 0.99), (-0.1, 1.0)),
+    'model.anchors.scale': ((0.1, FOREVER), (0.0, -4.0)),
+    'model.anchors.octaves': ((1, FOREVER), (0,)),
+    'dataset.max_boxes': ((1, FOREVER), (0, -1)),
+    'dataset.max_unreadable': ((0, 1), (-0.01, 1.01)),
+    'dataset.threads': ((0, FOREVER), (-1,)),
+    'dataset.prefetch': ((0, FOREVER), (-1,)),
+    'dataset.cache_gb': ((0, FOREVER), (-1.0,)),
+    'augment.rand_augment.layers': ((1, 10), (0, 11)),
+    'augment.rand_augment.magnitude': ((0, 10), (-0.1, 10.1)),
+    'augment.mixup.alpha': ((0.01, 1000), (0.0, 1000.1)),
+    'augment.color_jitter.brightness': ((0, 1), (-0.1, 1.1)),
+    'augment.color_jitter.contrast': ((0, 1), (-0.1, 1.1)),
+    'augment.color_jitter.saturation': ((0, 1), (-0.1, 1.1)),
+    'augment.color_jitter.hue': ((0, 0.5), (-0.1, 0.6)),
+    'loss.alpha': ((0, 1), (-0.1, 1.1)),
+    'loss.gamma': ((0, FOREVER), (-0.1,)),
+    'loss.label_smoothing': ((0, 0.9), (-0.1, 1.0)),
+    'loss.delta': ((1e-6, FOREVER), (0.0, -0.1)),
+    'loss.box_weight': ((0, FOREVER), (-50.0,)),
+    'loss.iou_weight': ((0, FOREVER), (-1.0,)),
+    'loss.l2': ((0, FOREVER), (-4e-5,)),
+    'loss.match_threshold': ((0.1, 1), (0.0, 1.1)),
+    'adversarial.weight': ((0, 100), (-0.1, 100.1)),
+    'adversarial.epsilon': ((0, 255), (-0.1, 256.0)),
+    'train.epochs': ((0.01, FOREVER), (0.0, -1.0)),
+    'train.batch_size': ((1, FOREVER), (0, -8)),
+    'train.accumulate': ((1, 64), (0, -1)),
+    'train.ema_decay': ((0, 0.9999), (-0.1, 1.0)),
+    'train.max_skipped': ((1, FOREVER), (0,)),
+    'train.unfreeze_epoch': ((0, None, FOREVER), (-1.0,)),
+    'optimizer.momentum': ((0, 0.99), (-0.1, 1.0)),
+    'optimizer.weight_decay': ((0, FOREVER), (-1e-4,)),
+    'optimizer.clip_norm': ((0, FOREVER), (-10.0,)),
+    'schedule.learning_rate': ((1e-9, FOREVER), (0.0, -0.08)),
+    'schedule.warmup_start': ((0, FOREVER), (-0.008,)),
+    'schedule.warmup_epochs': ((0, FOREVER), (-1.0,)),
+    'schedule.final_rate': ((0, FOREVER), (-1e-5,)),
+    'eval.batch_size': ((1, FOREVER), (0, -1)),
+    'eval.every_epochs': ((0.01, FOREVER), (0.0, -5.0)),
+    'eval.pictures': ((0, FOREVER), (-1,)),
+    'eval.max_candidates': ((1, FOREVER), (0,)),
+    'eval.iou_threshold': ((0, 1), (-0.1, 5.0)),
+    'eval.sigma': ((0.01, FOREVER), (0.0, -0.5)),
+    'eval.score_threshold': ((0, 1), (-0.1, 1.1)),
+    'eval.max_detections': ((1, FOREVER), (0, -1)),
+    'checkpoint.every_epochs': ((0.01, FOREVER), (0.0, -1.0)),
+    'checkpoint.keep': ((1, FOREVER), (0, -1)),
+    'log.every_steps': ((1, FOREVER), (0, -20)),
+} | {f'augment.{name}.probability': ((0, 1), (-0.1, 2.0)) for name in (
+    'mosaic', 'rand_augment', 'mixup', 'color_jitter', 'erasing'
+)}  # fmt: skip
+
+TUPLES = {
+    'image.size': (
+        ((8, 16384), (480, 640)),
+        ((), (7, 512), (512, 16385), (512, 512, 3), (512.0, 512.0), (512, None), ('512', '512'), ('512x640',)),
+    ),
+    'image.mean': (((0, 255, 127.5),), ((), (127, 127), (1, 2, 3, 4), (-1, 0, 0), (0, 0, 256), (None,), ('grey',))),
+    'image.std': (((1, 256, 58.4),), ((), (58, 58), (0, 1, 1), (0.229, 0.224, 0.225), (257,), (True,))),
+    'model.anchors.aspect_ratios': (
+        ((1.0,), (1.0, 2, 0.5), ((1.0, 1.0), (1.4, 0.7))),
+        ((), (0.0,), (-1.0, 1.0), ('1:2',), ((1.4, 0.7, 1.0),), ((1.4,),), ((),), ((1.4, 0.0),), (None,)),
+    ),
+    'dataset.class_names': (((), ('cup',), ('cup', 'plate')), (('',), (' ',), ('cup', 'cup'), (1, 2), (None,))),
+    'dataset.category_ids': (((), (0,), (7, 3)), ((1, 1), (1.0, 2.0), ('1', '2'), (None,), (True,))),
+    'augment.scale': (((0.01, 10), (1, 1)), ((), (1.0,), (2, 1), (0.0, 1.0), (0.1, 10.1), (0.1, 1.0, 2.0), (1, '2'))),
+    'augment.erasing.area': (((0, 1),), ((0.5, 0.1), (-0.1, 0.2), (0.0, 1.1), (0.2,))),
+    'augment.erasing.aspect': (((0.01, 100),), ((3.3, 0.3), (0.0, 1.0), (1.0, 101.0), (1.0,))),
+    'schedule.step_epochs': (((), (0,), (200.0, 250.0)), ((-1.0,), ('200',), (None,))),
+}
+
+TEXTS = ('name', 'dataset.source', 'dataset.train_split', 'dataset.eval_split', 'train.init_from', 'log.wandb')
+
+# {key: the names that the code knows}
+NAMES = {
+    'model.backbone': efficientnet.VARIANTS,
+    'model.feature_network.name': feature_network.FEATURE_NETWORKS,
+    'model.feature_network.fusion': feature_network.FUSIONS,
+    'model.dtype': efficientdet.DTYPES,
+    'loss.iou_kind': [*losses.IOU_PENALTIES, ''],
+    'optimizer.name': optimizer.OPTIMIZERS,
+    'schedule.decay': ['cosine', 'step', 'constant'],
+    'eval.nms': ['gaussian', 'hard'],
+    'checkpoint.best': [f'eval/{name}' for name in evaluate.SUMMARY],
+}
+
+SWITCHES = [key for key, value in DEFAULTS.items() if isinstance(value, bool)]
+
+
+def test_every_key_has_a_rule_and_a_test_and_no_other_has():
+    assert rules.RULES.keys() == DEFAULTS.keys()
+    tested = [*NUMBERS, *TUPLES, *TEXTS, *NAMES, *SWITCHES, 'train.freeze']
+    assert sorted(tested) == sorted(DEFAULTS)
+
+
+@pytest.mark.parametrize('name', scaling.SCALES)
+def test_no_member_data_set_recipe_or_preset_breaks_a_rule(name):
+    words = [','.join(pair) for pair in itertools.product(default.DATASETS, recipes.RECIPES)]
+    for presets_of_config, settings in [*((w, {}) for w in words), *((words[0], s) for s in presets.PRESETS.values())]:
+        config = default.get_config(name, presets_of_config)
+        config.update_from_flattened_dict(settings)
+        before = config.to_dict()
+        run_config.check(config)
+        assert config.to_dict() == before
+
+
+@pytest.mark.parametrize('key', DEFAULTS)
+def test_a_value_of_another_type_is_refused(key):
+    others = [object(), b'512', 1j, [1], math.nan, math.inf, -math.inf, (math.nan,) * 3, ((),)]
+    others += [] if key == 'train.unfreeze_epoch' else [None]
+    others += [] if key in (*TEXTS, 'train.freeze') else ['many', '']
+    others += [True] if key not in SWITCHES else []
+    others += [1, 0.5] if key in (*SWITCHES, *TEXTS, *NAMES) else []
+    if key == 'loss.iou_kind':
+        others.remove('')  # none
+    for value in others:
+        assert_refused(key, value)
+
+
+@pytest.mark.parametrize('key', [*NUMBERS, *TUPLES])
+def test_numbers_in_their_range(key):
+    accepted, refused = (NUMBERS | TUPLES)[key]
+    for value in accepted:
+        assert check(**{key: value})[key] == value
+    for value in refused:
+        assert_refused(key, value)
+
+
+@pytest.mark.parametrize('key', NAMES)
+def test_names_are_those_that_the_code_knows(key):
+    for name in NAMES[key]:
+        assert check(**{key: name})[key] == name
+    assert_refused(key, 'soft')
+    with pytest.raises(UserError, match=r"'soft' is unknown: choose one of (.*)") as refused:
+        check(**{key: 'soft'})
+    shown = str(refused.value).rpartition(' of ')[2].split(', ')
+    assert sorted(shown) == sorted(name or "''" for name in NAMES[key])
+
+
+def test_names_that_no_table_holds_work():
+    for decay in NAMES['schedule.decay']:
+        schedule = default.get_config('d0').schedule
+        schedule.decay = decay
+        assert optimizer.make_schedule(schedule, 64, 10, 100)(99) >= 0
+    for kind in NAMES['eval.nms']:
+        kept = nms.nms(jnp.array([[0.0, 0, 2, 2]]), jnp.ones(1), jnp.zeros(1, int), kind=kind, max_outputs=1)
+        assert jax.device_get(kept.indices).tolist() == [0]
+
+
+def test_bounds_are_those_of_the_code():
+    assert rules.GROUP == mixing.GROUP
+    assert NUMBERS['augment.rand_augment.magnitude'][0][1] == rand_augment.MAX_MAGNITUDE
+    assert NUMBERS['model.max_level'][0][0] == efficientdet.BACKBONE_LEVELS[-1]
+
+
+def test_a_regex_that_is_none():
+    assert check(**{'train.freeze': 'backbone|fpn'})['train.freeze'] == 'backbone|fpn'
+    for pattern in ('back(bone', '*', 'a{99999999999999999999}'):
+        with pytest.raises(UserError, match=r'config\.train\.freeze=.* is no regular expression: give one'):
+            check(**{'train.freeze': pattern})
+
+
+@pytest.mark.parametrize('written', [512, (512,), ('512x512',), ('512X512',), ('512 x 512',), (512, 512)])
+def test_one_number_is_a_square(written):
+    assert check(**{'image.size': written})['image.size'] == (512, 512)
+
+
+@pytest.mark.parametrize('written', [127, (127,), (127, 127, 127)])
+@pytest.mark.parametrize('key', ['image.mean', 'image.std'])
+def test_one_number_holds_for_every_channel(key, written):
+    assert check(**{key: written})[key] == (127, 127, 127)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'train.batch_size': 64, 'train.accumulate': 3}, 'a multiple of accumulate'),
+        ({'train.batch_size': 6, 'augment.mosaic.probability': 0.5}, 'mosaic mixes groups of 4 images'),
+        ({'train.batch_size': 6, 'augment.mixup.probability': 0.5}, 'mixup mixes groups of 4 images'),
+        ({'model.feature_network.name': 'nasfpn', 'model.max_level': 6}, 'choose max_level 7 or 8'),
+        (
+            {'model.feature_network.fusion': 'sum', 'model.feature_network.per_channel': True},
+            'choose the fusion fast or softmax',
+        ),
+        ({'dataset.class_names': ('cup', 'plate'), 'dataset.category_ids': (1,)}, 'as many ids as names'),
+    ],
+)
+def test_values_that_do_not_go_together(changes, message):
+    shown = ' and '.join(f'config.{key}={value!r}' for key, value in changes.items())
+    with pytest.raises(UserError) as refused:
+        check(**changes)
+    assert str(refused.value).startswith(f'{shown} do not go together: ')
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {
+            'train.batch_size': 12,
+            'train.accumulate': 3,
+            'augment.mosaic.probability': 1,
+            'augment.mixup.probability': 1,
+        },
+        {'train.batch_size': 6, 'augment.erasing.probability': 1},
+        {'model.feature_network.name': 'nasfpn', 'model.max_level': 8},
+        {'model.feature_network.fusion': 'softmax', 'model.feature_network.per_channel': True},
+        {'dataset.class_names': ('cup', 'plate'), 'dataset.category_ids': (7, 1)},
+        {'dataset.category_ids': (7, 1)},  # of classes that the data name
+    ],
+)
+def test_values_that_go_together(changes):
+    assert check(**changes) == DEFAULTS | changes
+
+
+def test_only_the_keys_asked_for_are_checked():
+    config = default.get_config('d0')
+    config.train.update(epochs=-1.0, accumulate=7)
+    run_config.check(config, run_config.DETECTOR_KEYS)
+    with pytest.raises(UserError, match=r'config\.train\.epochs=-1\.0: give a number above 0'):
+        run_config.check(config)
