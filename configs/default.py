@@ -1,4 +1,4 @@
-"""Every key there is, with the value that is used where nothing says otherwise.
+"""Every key there is, with the value that is used where nothing says otherwise. `rules.py` says what each may be.
 
 `get_config('d3', 'voc2007,report')` is D3 on the data set `voc2007` by the recipe `report`. A config imports no jax: it
 is data.

@@ -52,11 +52,11 @@ def ascending(low: float, high: float) -> Rule:
     )
 
 
-def per_channel(low: float, high: float) -> Rule:
+def per_channel(low: float | None = None, high: float | None = None, *, above: float | None = None) -> Rule:
     """Three numbers; a single one holds for every channel."""
-    words, inside = _bounds(low, high)
+    words, inside = _bounds(low, high, above)
     return Rule(
-        f': give red, green and blue as numbers{words}, where pixels are 0 to 255, or one number for all three',
+        f': give red, green and blue as numbers{words}, in units of pixels of 0 to 255, or one number for all three',
         lambda value: is_tuple(value, lambda x: is_number(x) and inside(x), 3),
         lambda value: _single(value) * 3 or value,
     )
@@ -106,10 +106,6 @@ def is_aspect_ratio(value: Any) -> bool:
     return all(is_number(factor) and factor > 0 for factor in factors)
 
 
-def is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
 def is_regex(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(re.compile(value))
@@ -118,7 +114,7 @@ def is_regex(value: Any) -> bool:
 
 
 def _bounds(
-    low: float | None, high: float | None = None, above: float | None = None, below: float | None = None
+    low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None
 ) -> tuple[str, Callable[[Any], bool]]:
     """(' from 0 to 1', whether a number lies there); `above` and `below` are bounds that are outside themselves."""
     every = (
@@ -149,7 +145,7 @@ RULES: dict[str, Rule] = {
     'seed': whole(0, 2**32 - 1),
     'image.size': image_size(8, 16384),
     'image.mean': per_channel(0, 255),
-    'image.std': per_channel(1, 256),
+    'image.std': per_channel(above=0),
     'image.padding': number(),
     'model.backbone': one_of(
         'b0', 'b1', 'b2', 'b3', 'b4', 'b5', 'b6', 'b7', 'lite0', 'lite1', 'lite2', 'lite3', 'lite4', 'nano'
@@ -176,7 +172,7 @@ RULES: dict[str, Rule] = {
     'dataset.eval_split': TEXT,
     'dataset.class_names': Rule(
         ": give every class a name of its own, as ('cup', 'plate'), or () for those of the data",
-        lambda value: is_tuple(value, is_name) and len({*value}) == len(value),
+        lambda value: is_tuple(value, TEXT.accepts) and len({*value}) == len(value),
     ),
     'dataset.category_ids': Rule(
         ': give every class a whole number of its own, as (1, 2), or () for those of the data',

@@ -27,7 +27,7 @@ CONFIGS = Path(configs.__path__[0]).resolve()  # beside the package in a checkou
 
 
 class TupleParser(flags.ArgumentParser):
-    """(1, 2), 1,2, or a single value as it is: 512 and cup are (512,) and ('cup',).
+    """(1, 2), 1,2, or a single value as it is: 512 and cup are (512,) and ('cup',). Nothing at all is ().
 
     In the place of ml_collections' own, whose flags, given twice, are joined: as with numbers, the last one counts.
     """
@@ -35,6 +35,8 @@ class TupleParser(flags.ArgumentParser):
     def parse(self, argument: Any) -> tuple[Any, ...]:
         if isinstance(argument, tuple):
             return argument  # the config's own
+        if not argument:
+            return ()
         try:
             value = ast.literal_eval(argument)
         except (ValueError, SyntaxError):  # a word without quotes

@@ -22,8 +22,8 @@ NETWORK_KEYS = ('model.', 'image.', 'dataset.class_names')
 
 # What a detector is made of beside its weights.
 DETECTOR_KEYS = (
-    *NETWORK_KEYS, 'dataset.category_ids', 'eval.nms', 'eval.per_class', 'eval.max_candidates', 'eval.max_detections',
-    'eval.iou_threshold', 'eval.sigma', 'eval.score_threshold',
+    *NETWORK_KEYS, 'dataset.category_ids', 'checkpoint.best', 'eval.nms', 'eval.per_class', 'eval.max_candidates',
+    'eval.max_detections', 'eval.iou_threshold', 'eval.sigma', 'eval.score_threshold',
 )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def load(workdir: Path) -> ConfigDict:
 
 
 def load_detector(workdir: Path) -> ConfigDict:
-    """The config of a run whose weights are to detect. What matters to training alone may be wrong: it is over.
+    """The config of a run that is to detect. Only `DETECTOR_KEYS` are checked: its training is over.
 
     Raises:
       UserError: as `load`, and for a value that a detector cannot be made of.

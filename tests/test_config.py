@@ -9,6 +9,7 @@ import tiny
 from absl.flags import FlagValues
 from ml_collections import config_flags
 
+from effdet_jax import cli  # noqa: F401 (it says how tuples and numbers are read)
 from effdet_jax import config as run_config
 from effdet_jax.configs import bccd, default, own_data, scaling
 from effdet_jax.configs.recipes import RECIPES
@@ -163,6 +164,7 @@ def from_flags(*flags):
         (["dataset.class_names=('a', 'b')"], 'dataset.class_names', ('a', 'b')),
         (['dataset.class_names=(1, 2)', 'dataset.class_names=()'], 'dataset.class_names', ()),
         (['model.anchors.aspect_ratios=((1.4, 0.7),)'], 'model.anchors.aspect_ratios', ((1.4, 0.7),)),
+        (['dataset.class_names=a', 'dataset.class_names='], 'dataset.class_names', ()),
         (['train.epochs=3', 'train.epochs=4'], 'train.epochs', 4.0),
         (['train.unfreeze_epoch=3'], 'train.unfreeze_epoch', 3.0),
         (['train.unfreeze_epoch=3', 'train.unfreeze_epoch=None'], 'train.unfreeze_epoch', None),
