@@ -1,7 +1,7 @@
 """What differs between published checkpoints beyond their weights: {preset: {config key: value}}.
 
-`import_weights` chooses one and saves it with the weights. Spec 1, 5, 9 and 10 of the two implementations: input
-statistics, aspect ratios of the anchors, kind of NMS. Released official D0-D7x go back to when ratios were the pairs
+`import_weights` chooses one and saves it with the weights: input statistics, aspect ratios of the anchors, kind of NMS
+(docs/reference.md, Differences between implementations). Released official D0-D7x go back to when ratios were the pairs
 (1.4, 0.7); AdvProp and Lite to when they were square roots.
 """
 

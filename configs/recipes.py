@@ -7,9 +7,10 @@ the data (image size, anchors) stands in no recipe.
 from typing import Any
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # google/automl's (spec 8): SGD, a rate in proportion to the batch, cosine, L2 in the loss, two stages of clipping.
+    # google/automl's (docs/reference.md, Optimization): SGD, a rate in proportion to the batch, cosine, L2 in the loss,
+    # two stages of clipping.
     'official': {},
-    # train.py of effdet (spec 8): SGD with momentum 0.9 and a cosine, as above. Other than there: the rate moves at
+    # train.py of effdet (likewise): SGD with momentum 0.9 and a cosine, as above. Other than there: the rate moves at
     # every step, not every epoch; the 10 cool-down epochs at the final rate are left out; the average, off there unless
     # asked for, ramps up to its decay of 0.9998; stochastic depth is the member's (effdet: 0.2 for D0, 0 for Lite0).
     'effdet': {
@@ -23,13 +24,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         'optimizer.weight_decay': 4e-5,  # of kernels, after clipping ...
         'loss.l2': 0.0,  # ... not before it
     },
-    # The report that this project starts from (VOC 2007; D0, D1 and D3).
+    # The report that this project starts from (docs/seed_report.md, Training): VOC 2007; D0, D1 and D3.
     'report': {
-        'train.epochs': 200.0,  # item 6: 100 to 200
-        'train.freeze': 'backbone',  # item 6. That needs a trained backbone: train.init_from
-        'train.unfreeze_epoch': 50.0,  # item 6: 50 to 100; the loss stands still after about 50
-        'schedule.learning_rate': 1e-3,  # item 6: better than 1e-5
-        'loss.delta': 1.0,  # item 5: smooth-L1
+        'train.epochs': 200.0,  # 100 to 200
+        'train.freeze': 'backbone',  # needs a trained backbone: train.init_from
+        'train.unfreeze_epoch': 50.0,  # 50 to 100; the loss stands still after about 50
+        'schedule.learning_rate': 1e-3,  # better than 1e-5
+        'loss.delta': 1.0,  # smooth-L1 (docs/seed_report.md, Losses)
         # Left open by the report; chosen here: what its few words say and nothing more.
         'train.batch_size': 16,
         'train.ema_decay': 0.0,

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 NO_RUNS = ('__init__', 'default', 'recipes', 'scaling', 'presets', 'coco', 'saved', 'rules')
 FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in NO_RUNS)
 
-FAMILY = {  # spec 1: size, backbone, channels, cells, head layers, anchor scale, fusion, last level, stochastic depth
+# docs/reference.md, Models: size, backbone, channels, cells, head layers, anchor scale, fusion, last level, stochastic
+# depth
+FAMILY = {
     'd0': (512, 'b0', 64, 3, 3, 4, 'fast', 7, 0.0),
     'd1': (640, 'b1', 88, 4, 3, 4, 'fast', 7, 0.2),
     'd2': (768, 'b2', 112, 5, 3, 4, 'fast', 7, 0.2),

@@ -430,7 +430,7 @@ def test_a_work_directory_that_cannot_be_written(tmp_path):
 
 
 def test_presets_follow_the_family(tmp_path):
-    """Spec 1, 5, 10: what the two implementations do differently around the same network."""
+    """What they do around the same network (docs/reference.md, Differences between implementations)."""
     source = imports.file(tmp_path)
     importer.import_weights(config := imports.config(), source, tmp_path / 'effdet')
     assert config.eval.nms == 'hard'

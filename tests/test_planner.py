@@ -169,7 +169,7 @@ def test_a_feature_network_is_drawn_with_its_cost(tmp_path):
     planner.draw_feature_network(config, tmp_path / 'bifpn.svg')
     picture = (tmp_path / 'bifpn.svg').read_text()
     assert 'bifpn, P3-P7, 3 x 64 channels, fast fusion' in picture
-    assert '196,281 parameters' in picture  # spec 1
+    assert '196,281 parameters' in picture  # docs/reference.md, Models
 
 
 def test_a_picture_that_cannot_be_written(tmp_path):

@@ -1,7 +1,7 @@
-"""Training's random scale and crop (spec 9), in steps: what is drawn, where the image goes, its pixels, its boxes.
+"""Training's random scale and crop (docs/reference.md, Data pipeline).
 
-The draws do not depend on the image and the place needs no more than its size, so it is known before anything is
-decoded how large the image has to be decoded.
+In steps: what is drawn, where the image goes, its pixels, its boxes. The draws do not depend on the image and the
+place needs no more than its size, so it is known before anything is decoded how large the image has to be decoded.
 """
 
 from typing import NamedTuple
@@ -55,11 +55,12 @@ def move_boxes(
 ) -> tuple[Float[np.ndarray, 'K 4'], Bool[np.ndarray, 'M']]:
     """yxyx pixels of the image -> (those left in yxyx pixels of the network input, in [0, side - 1]; which they are).
 
-    By the integer sizes, not by the scale they were truncated from: boxes stay on their pixels (spec 9).
+    By the integer sizes, not by the scale they were truncated from: boxes stay on their pixels
+    (docs/reference.md, Data pipeline).
     """
     normalized_M4 = boxes / np.array(where.size * 2, np.float32)
     boxes_M4 = normalized_M4 * np.array(where.scaled * 2, np.float32) - np.array(where.corner * 2, np.float32)
-    # official clips to the last pixel, not to the edge (spec 9)
+    # official clips to the last pixel, not to the edge (docs/reference.md, Data pipeline)
     boxes_M4 = np.clip(boxes_M4, np.float32(0), np.array(image_size * 2, np.float32) - 1)
     keep_M = np.all(boxes_M4[:, 2:] > boxes_M4[:, :2], axis=1)
     return boxes_M4[keep_M], keep_M

@@ -61,7 +61,7 @@ def train_batches(
     prefetch: int = 4,
     cache_bytes: int = 0,
 ) -> grain.IterDataset:
-    """Endless batches of `batch_size` images (of this host), shuffled anew in every epoch, jittered (spec 9).
+    """Endless batches of `batch_size` images (of this host), shuffled anew in every epoch, jittered.
 
     A batch is a dict: `image` uint8 [B, H, W, 3] with zeros at bottom and right, `valid_size` int32 [B, 2], `boxes`
     float32 [B, M, 4] yxyx in network pixels, `labels` int32 [B, M] with -1 as padding, `index` int32 [B] into the

@@ -1,7 +1,7 @@
 """Pixels on their way to the network: decode, scale, crop, pad. Pure functions.
 
 Flips, colour and normalisation happen on the device, after these; the padding is zeroed there once more, because a
-pad is the mean colour only after normalising (spec 9).
+pad is the mean colour only after normalising (docs/reference.md, Data pipeline).
 """
 
 import io
@@ -75,7 +75,8 @@ def is_jpeg(encoded: bytes) -> bool:
 def scaled_size(height: int, width: int, target_hw: tuple[int, int]) -> tuple[tuple[int, int], np.float32]:
     """((height, width) that fits into `target_hw` with the same aspect ratio, scale).
 
-    In float32 with truncation, as the official code: 141 pixels scaled by 128 / 141 are 127 pixels (spec 9).
+    In float32 with truncation, as the official code: 141 pixels scaled by 128 / 141 are 127 pixels
+    (docs/reference.md, Data pipeline).
     """
     scale = min(np.float32(target_hw[0]) / np.float32(height), np.float32(target_hw[1]) / np.float32(width))
     # a very long image must keep one row
@@ -103,7 +104,8 @@ def fill(
 ) -> tuple[int, int]:
     """Writes the image, resized to `scaled`, from its pixel `corner` on into `out`, and zeros at bottom and right.
 
-    Bilinear with half-pixel centres and without antialiasing (spec 9). Returns the (height, width) that is image.
+    Bilinear with half-pixel centres and without antialiasing (docs/reference.md, Data pipeline). Returns the (height,
+    width) that is image.
     """
     (top, left), size = corner, scaled[::-1]
     height, width = (min(s - c, side) for s, c, side in zip(scaled, corner, out.shape, strict=False))

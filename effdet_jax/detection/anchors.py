@@ -1,4 +1,4 @@
-"""Anchors: boxes of set sizes and shapes at every position of every feature level (spec 5)."""
+"""Anchors: boxes of set sizes and shapes at every position of every feature level (docs/reference.md, Anchors)."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which anchor answers for which box (spec 6). One image; `vmap` it over a batch."""
+"""Which anchor answers for which box (docs/reference.md, Assignment). One image; `vmap` it over a batch."""
 
 from typing import NamedTuple
 

@@ -43,7 +43,7 @@ def encode(boxes: Float[Array, '*n 4'], anchors: Float[Array, '*n 4']) -> Float[
 
 
 def decode(regressions: Float[Array, '*#n 4'], anchors: Float[Array, '*#n 4']) -> Float[Array, '*n 4']:
-    """The inverse of `encode`. The exponential is not clamped (spec 5)."""
+    """The inverse of `encode`. The exponential is not clamped (docs/reference.md, Anchors)."""
     ty, tx, th, tw = jnp.moveaxis(regressions, -1, 0)
     ya, xa, ha, wa = centers_and_sides(anchors)
     yc, xc, h, w = ty * ha + ya, tx * wa + xa, jnp.exp(th) * ha, jnp.exp(tw) * wa

@@ -1,4 +1,4 @@
-"""Losses of the two heads (spec 7). All are sums: the caller divides by the normaliser."""
+"""Losses of the two heads (docs/reference.md, Losses). All are sums: the caller divides by the normaliser."""
 
 import functools
 import math
@@ -80,7 +80,7 @@ def huber_loss(
     """0.5 e^2 up to |e| = delta, then delta |e| - 0.5 delta^2. `delta=1` is smooth-L1.
 
     A coordinate whose target is exactly zero counts nothing: this is how background rows are masked, and it also drops
-    the rare exact zero of a positive, as the reference does.
+    the rare exact zero of a positive, as in the official code.
     """
     return jnp.where(targets != 0, optax.losses.huber_loss(regressions, targets, delta=delta), 0)
 

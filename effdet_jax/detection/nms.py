@@ -1,4 +1,4 @@
-"""Non-maximum suppression, hard and Gaussian soft, with static shapes (spec 10)."""
+"""Non-maximum suppression, hard and Gaussian soft, with static shapes (docs/reference.md, Postprocessing)."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Raw predictions -> detections, the one way that evaluation, prediction and export share (spec 10)."""
+"""Raw predictions -> detections (docs/reference.md, Postprocessing), for evaluation, prediction and export alike."""
 
 from typing import NamedTuple
 

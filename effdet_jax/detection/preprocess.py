@@ -64,7 +64,7 @@ def resize_and_pad(
 
 
 def scaled_size(size: Int[Array, '2'], target_hw: tuple[int, int]) -> tuple[Int[Array, '2'], Float[Array, '']]:
-    """data.transforms.scaled_size on the device: float32, truncated, at least one pixel (spec 9)."""
+    """data.transforms.scaled_size on the device: float32, truncated, at least one pixel."""
     size_2 = size.astype(jnp.float32)
     scale = jnp.min(jnp.asarray(target_hw, jnp.float32) / size_2)
     return jnp.maximum((size_2 * scale).astype(jnp.int32), 1), scale

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-EPSILON = 1e-3  # everywhere (spec 2)
+EPSILON = 1e-3  # everywhere (docs/reference.md, Backbone)
 FOLDED = 'folded'  # the collection in which `fold` leaves scale and shift
 
 

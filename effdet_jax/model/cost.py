@@ -22,7 +22,8 @@ def cost_of_parts(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Co
     """{part: cost} for images of (height, width); one part for each module at the top: backbone, fpn, class_net, ...
 
     A kernel [h, w, in / groups, out] is applied once at every position of its layer's output: that many times its
-    size are the multiply-accumulates. Published "FLOPs" of detectors are these, not twice these (spec 1).
+    size are the multiply-accumulates. Published "FLOPs" of detectors are these, not twice these
+    (docs/reference.md, Models).
     """
     return sum_costs(trace(model, image_size))
 

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 from effdet_jax.model.batch_norm import BatchNorm
 from effdet_jax.model.depthwise import by_platform, depthwise_conv, pad_same, shifted_slices
 
-# Initialisers. Spec 2: fan-out in the backbone, Glorot in the feature network, fan-in in the heads. A depthwise kernel
-# is [k, k, 1, C] here; the reference computes its fans as if it were [k, k, C, 1], which the last two reproduce.
+# Initialisers: fan-out in the backbone, Glorot in the feature network, fan-in in the heads. A depthwise kernel is
+# [k, k, 1, C] here; the official code computes its fans as if it were [k, k, C, 1], which the last two reproduce
+# (docs/reference.md, Backbone).
 fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 glorot = nn.initializers.glorot_uniform()
 fan_in = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
@@ -175,7 +176,7 @@ class StochasticDepth(nn.Module):
 
 
 def resize_to(x: Float[Array, 'B H W C'], height: int, width: int) -> Float[Array, 'B h w C']:
-    """Brings a feature map to another level's size: max-pool down, nearest neighbour up (spec 3).
+    """A feature map at another level's size: max-pool down, nearest neighbour up (docs/reference.md, Resampling).
 
     Raises:
       ValueError: where one side would grow and the other shrink.
@@ -205,7 +206,7 @@ def max_pool(x: Float[Array, 'B H W C'], strides: tuple[int, int]) -> Float[Arra
 
 
 def upsample_nearest(x: Float[Array, 'B H W C'], height: int, width: int) -> Float[Array, 'B h w C']:
-    """Source index = floor(target * in / out), without a half-pixel shift: 3 -> 5 reads 0, 0, 1, 1, 2 (spec 3)."""
+    """Source index = floor(target * in / out), so 3 -> 5 reads 0, 0, 1, 1, 2 (docs/reference.md, Resampling)."""
     batch, h, w, channels = x.shape
     if (height, width) == (2 * h, 2 * w):  # the common case; the gradient of a stack is a sum of slices, not a scatter
         x = jnp.stack([x, x], axis=3).reshape(batch, h, width, channels)

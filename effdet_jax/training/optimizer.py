@@ -1,4 +1,4 @@
-"""Optimiser, learning rate and freezing, from `config.optimizer`, `config.schedule` and `config.train` (spec 8)."""
+"""Optimiser, learning rate and freezing, from the config (docs/reference.md, Optimization)."""
 
 import math
 import re
@@ -82,7 +82,7 @@ OPTIMIZERS: dict[str, Callable[[float, float], optax.GradientTransformation]] = 
 def clip(limit: float, each: bool) -> optax.GradientTransformation:
     """To a global norm of at most `limit`, as in optax; with `each`, every gradient by its own norm before.
 
-    The latter are the two stages of the reference. What a gradient's norm is after the first follows from what it was.
+    The latter are the official code's two stages. What a gradient's norm is after the first follows from what it was.
     """
 
     def update(gradients: Any, _: Any) -> Any:
@@ -126,7 +126,7 @@ def scale_by_learning_rate(schedule: Callable) -> optax.GradientTransformationEx
 def make_schedule(c: Any, batch_size: int, steps_per_epoch: int, total_steps: int) -> Callable[[Any], jax.Array]:
     """Linear warm-up, then the decay that `c.decay` names. Start and rate are scaled with the batch where asked for.
 
-    The cosine counts from step 0, not from the end of the warm-up, as the reference does, and ends at `c.final_rate`.
+    The cosine counts from step 0, not from the end of the warm-up, as in the official code, and ends at `c.final_rate`.
     """
     factor = batch_size / REFERENCE_BATCH if c.scale_with_batch else 1.0
     rate, start, final = c.learning_rate * factor, c.warmup_start * factor, c.final_rate

@@ -61,10 +61,10 @@ def moving_average(average: Any, value: Any, weight: Any) -> Any:
 
 
 def averaging_weight(decay: float, step: jax.Array) -> jax.Array:
-    """1 - min(decay, (1 + t) / (10 + t)): starting with a short memory, an average forgets the random start (spec 8).
+    """1 - min(decay, (1 + t) / (10 + t)): starting with a short memory, an average forgets the random start.
 
-    Of the variables, and of the batch statistics. The reference averages the latter with a constant 0.99 from variance
-    1, of which 3 per cent are left after 360 steps: where the true variance is 0.01, evaluation is wrong for most of a
-    short run. From step 891 on there is no difference.
+    Of the variables, and of the batch statistics (docs/reference.md, Backbone). The official code averages the latter
+    with a constant 0.99 from variance 1, of which 3 per cent are left after 360 steps: where the true variance is 0.01,
+    evaluation is wrong for most of a short run. From step 891 on there is no difference.
     """
     return 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))

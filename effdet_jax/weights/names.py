@@ -1,6 +1,7 @@
-"""Names and layouts of other implementations (spec 11). A table reads: this layer of ours is that layer of theirs.
+"""Names and layouts of other implementations (docs/reference.md, Checkpoints).
 
-The tree of our model says what must exist, so what a file lacks, has too much or has in another shape can be named.
+A table reads: this layer of ours is that layer of theirs. The tree of our model says what must exist, so what a file
+lacks, has too much or has in another shape can be named.
 """
 
 import re
@@ -274,7 +275,7 @@ def _derived_fields(shapes: Mapping[Path, Any]) -> Callable[[Path], tuple[str, d
 
 
 def _stages(shapes: Mapping[Path, Any]) -> dict[int, tuple[int, int]]:
-    """Block -> (stage, place in the stage), from 0. A stage is a run of blocks of the same width (spec 2)."""
+    """Block -> (stage, place in the stage), from 0. A stage is a run of blocks of the same width."""
     width_of = {
         int(path[2].removeprefix('blocks_')): leaf.shape[-1]
         for path, leaf in shapes.items()

@@ -1,4 +1,4 @@
-r"""The report's questions on the embedded shapes: three sizes, two learning rates, the backbone frozen at first or not.
+r"""Claims of docs/seed_report.md on the embedded shapes: three sizes, two rates, the backbone frozen at first or not.
 
     python -m experiments.report.sweep runs/report --config=configs/d0.py:report \
         --config.image.size='(128, 128)' --config.train.epochs=1 --config.train.batch_size=8

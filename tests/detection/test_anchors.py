@@ -41,7 +41,7 @@ def test_order_is_level_row_column_octave_ratio():
 
 
 def test_stride_is_the_ratio_of_image_to_feature_size():
-    # Lite0: P7 of 320 pixels has 3 rows, so its stride is 106.67 and not 128 (spec 5).
+    # Lite0: P7 of 320 pixels has 3 rows, so its stride is 106.67 and not 128 (docs/reference.md, Anchors).
     assert level_sizes((320, 320), 3, 7) == ((40, 40), (20, 20), (10, 10), (5, 5), (3, 3))
     anchors = make_anchors(level_sizes((320, 320), 3, 7), (320, 320), scale=3.0)
     first_of_p7 = anchors[-81]

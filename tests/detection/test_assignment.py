@@ -46,7 +46,7 @@ def iou_matrix(anchors, boxes):
 
 
 def match_by_matrix(anchors, boxes, labels, threshold=0.5):
-    """The rule of spec 6, said with the whole IoU matrix."""
+    """The rule of (docs/reference.md, Assignment), said with the whole IoU matrix."""
     real = np.flatnonzero(labels >= 0)
     matched = np.full(len(anchors), -1)
     if len(real) == 0:

@@ -23,7 +23,10 @@ def run(logits, regressions, anchors, valid_size, **options):
 
 
 def reference(logits, regressions, anchors, valid_size, per_class, max_candidates, **options):
-    """Spec 10, candidate by candidate; what lies in the padding is out before suppression, so no gap is left."""
+    """The rules of (docs/reference.md, Postprocessing), candidate by candidate.
+
+    What lies in the padding is out before suppression, so no gap is left.
+    """
     pairs = [(a, c) for a in range(len(logits)) for c in range(logits.shape[1])]
     if not per_class:
         pairs = [(a, int(logits[a].argmax())) for a in range(len(logits))]

@@ -1,4 +1,4 @@
-"""Spec 10 in NumPy, written to be read: one image at a time, one class at a time, in float64."""
+"""Postprocessing in NumPy (docs/reference.md, Postprocessing): one image, one class at a time, in float64."""
 
 import cv2
 import numpy as np

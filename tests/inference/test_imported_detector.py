@@ -1,4 +1,4 @@
-"""A whole D0 from a PyTorch file: imported, run on photographs, and compared with spec 10 in NumPy."""
+"""A whole D0 from a PyTorch file: imported, run on photographs, and compared with NumPy (reference_detector.py)."""
 
 from pathlib import Path
 

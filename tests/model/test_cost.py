@@ -1,4 +1,7 @@
-"""Parameters and multiply-accumulates of the published models (spec 1), and of layers small enough to count by hand."""
+"""Parameters and multiply-accumulates of the published models, and of layers small enough to count by hand.
+
+The published ones are those of (docs/reference.md, Models).
+"""
 
 import flax.linen as nn
 import pytest

@@ -46,7 +46,8 @@ def test_value_and_gradients_equal_those_of_xla(size, k, stride):
 
 
 def test_same_padding_is_tensorflows():
-    # Even size, stride 2: k=3 pads (0, 1), k=5 pads (1, 2) (spec 2). A kernel that picks its centre shows where it is.
+    # Even size, stride 2: k=3 pads (0, 1), k=5 pads (1, 2) (docs/reference.md, Backbone). A kernel that picks its
+    # centre shows where it is.
     x = jnp.arange(8.0).reshape(1, 8, 1, 1)
     for k, first in ((3, 1), (5, 1)):
         kernel = jnp.zeros((k, k, 1, 1)).at[k // 2, k // 2].set(1.0)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures('depthwise_by_xla')
 
 RANGES = [(3, 7), (3, 8)]
 
-# Spec 3, as written there. Ids 0..L-1 are the inputs, P3 upward; node k has the id L + k.
+# As in (docs/reference.md, Nodes of BiFPN). Ids 0..L-1 are the inputs, P3 upward; node k has the id L + k.
 BIFPN_3_7 = 'P6:3,4 | P5:2,5 | P4:1,6 | P3:0,7 | P4:1,7,8 | P5:2,6,9 | P6:3,5,10 | P7:4,11'
 BIFPN_3_8 = 'P7:4,5 | P6:3,6 | P5:2,7 | P4:1,8 | P3:0,9 | P4:1,9,10 | P5:2,8,11 | P6:3,7,12 | P7:4,6,13 | P8:5,14'
 TABLES = {

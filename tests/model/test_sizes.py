@@ -1,4 +1,4 @@
-"""Anchors and blocks of the published models, as read off the reference implementations (spec 1 and 2)."""
+"""Anchors and blocks of the published models: (docs/reference.md, Models) and (docs/reference.md, Backbone)."""
 
 import flax.linen as nn
 import pytest

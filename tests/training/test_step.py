@@ -71,7 +71,7 @@ def targets_of(batch):
 
 
 def focal(logits, onehot):
-    """Spec 7 to the letter, with alpha 0.25 and gamma 1.5."""
+    """The formulas of (docs/reference.md, Losses) to the letter, with alpha 0.25 and gamma 1.5."""
     p = jax.nn.sigmoid(logits)
     p_t = onehot * p + (1 - onehot) * (1 - p)
     alpha_t = onehot * 0.25 + (1 - onehot) * 0.75

@@ -1,4 +1,7 @@
-"""Files as other implementations make them, from {name: array} (spec 11.4). Each function returns the --source."""
+"""Files as other implementations make them (docs/reference.md, Containers), from {name: array}.
+
+Each function returns the --source.
+"""
 
 import tarfile
 

@@ -9,7 +9,7 @@ from effdet_jax.errors import UserError
 from effdet_jax.model import build_model
 from effdet_jax.weights import from_official, names
 
-# Variables of the official checkpoints: all, and those that are trained (spec 1).
+# Variables of the official checkpoints: all, and those that are trained (docs/reference.md, Models).
 OFFICIAL_VARIABLES = {
     'd0': (709, 493), 'd1': (912, 640), 'd2': (987, 699), 'd3': (1165, 823), 'd4': (1354, 960), 'd5': (1482, 1048),
     'd6': (1565, 1059), 'd7': (1565, 1059), 'd7x': (1902, 1286), 'lite0': (588, 372), 'lite1': (719, 457),
@@ -60,7 +60,7 @@ def test_official_names_are_all_there_and_none_is_used_twice(name, shapes):
 
 
 def test_names_of_first_cell_projections(shapes):
-    # Spec 11.3: which input a projection reads, and its slot, are part of the official name.
+    # Which input a projection reads, and its slot, are part of the official name (docs/reference.md, Names).
     expected = {
         'd0': ['1/resample_0_2_6', '2/resample_0_1_7', '3/resample_0_0_8', '4/resample_0_1_9', '5/resample_0_2_10'],
         'd7x': ['2/resample_0_2_8', '3/resample_0_1_9', '4/resample_0_0_10', '5/resample_0_1_11', '6/resample_0_2_12'],

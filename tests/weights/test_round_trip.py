@@ -1,4 +1,4 @@
-"""A network in each format, written by the rules of spec 11, reads as the same variables, exactly."""
+"""A network written in each format (docs/reference.md, Checkpoints) reads as the same variables, exactly."""
 
 import re
 from argparse import Namespace

@@ -1,7 +1,8 @@
-"""Random networks, written as other implementations write theirs: names and layouts as spec 11 spells them.
+"""Random networks, written as other implementations write theirs (docs/reference.md, Checkpoints).
 
-The names come from a walk over the network, stage by stage and node by node, and the sizes from the tables of spec 2
-and 3. Nothing here reads the package's own tables, which these files are to test.
+The names come from a walk over the network, stage by stage and node by node, and the sizes from the tables of
+(docs/reference.md, Backbone) and (docs/reference.md, Nodes of BiFPN). Nothing here reads the package's own tables,
+which these files are to test.
 """
 
 from collections.abc import Iterator

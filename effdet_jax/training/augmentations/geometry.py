@@ -18,7 +18,7 @@ def random_flip(key: Array, sample: Sample) -> Sample:
     x = jnp.arange(image.shape[1])
     mirrored = image[:, jnp.where(x < width, width - 1 - x, x)]
     y1, x1, y2, x2 = jnp.moveaxis(boxes, -1, 0)
-    # The reference flips first and then cuts boxes at the last pixel (spec 9).
+    # The official code flips first and then cuts boxes at the last pixel (docs/reference.md, Data pipeline).
     x1, x2 = (jnp.minimum(width - x, image.shape[1] - 1) for x in (x2, x1))
     mirrored_boxes = jnp.stack([y1, x1, y2, x2], axis=-1)
     flip = jax.random.bernoulli(key)
