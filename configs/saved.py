@@ -1,10 +1,9 @@
 """The config that a work directory was made with: --config=configs/saved.py:runs/d0, and overrides as usual."""
 
-from pathlib import Path
 from typing import Any
 
-from effdet_jax import config
+from effdet_jax import config, paths
 
 
 def get_config(workdir: str) -> Any:
-    return config.load(Path(workdir))
+    return config.load(paths.local(workdir))

@@ -25,8 +25,8 @@ REPEATS = flags.DEFINE_integer(
     'repeats', None, 'blocks of half a second (infer, train; 10 unless given), starts (startup; 3)', lower_bound=1
 )
 LOWER = flags.DEFINE_bool('lower-only', False, 'startup: stop where the step is traced and lowered, do not compile')
-PROFILE = flags.DEFINE_string('profile', '', 'infer, train: a folder for traces of a few calls')
-OUT = flags.DEFINE_string('out', '', 'JSON file for everything measured')
+PROFILE = flags.DEFINE(cli.PATH, 'profile', None, 'infer, train: a folder for traces of a few calls')
+OUT = flags.DEFINE(cli.PATH, 'out', None, 'JSON file for everything measured')
 
 REPEATS_UNLESS_GIVEN = {'infer': 10, 'train': 10, 'startup': 3}
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     from effdet_jax.records.metrics import answer, say
 
     jax.config.update('jax_enable_compilation_cache', False)  # of this process, not of the starts
-    config, profile = CONFIG.value, Path(PROFILE.value) if PROFILE.value else None
+    config, profile = CONFIG.value, PROFILE.value
     repeats = REPEATS.value or REPEATS_UNLESS_GIVEN.get(what, 0)
     rows = list(
         {
@@ -66,16 +66,16 @@ def main(arguments: Sequence[str]) -> None:
             f'pip install xprof and xprof --logdir={profile}'
         )
     if OUT.value:
-        _write({'settings': settings, 'rows': rows})
+        _write(OUT.value, {'settings': settings, 'rows': rows})
 
 
-def _write(measured: dict[str, Any]) -> None:
+def _write(out: Path, measured: dict[str, Any]) -> None:
     from effdet_jax.records.files import write_atomically
 
     try:
-        write_atomically(Path(OUT.value), (json.dumps(measured, indent=1) + '\n').encode())
+        write_atomically(out, (json.dumps(measured, indent=1) + '\n').encode())
     except OSError as error:
-        raise UserError(f'--out={OUT.value} cannot be written ({error.strerror}): choose another file') from error
+        raise UserError(f'--out={out} cannot be written ({error.strerror}): choose another file') from error
 
 
 if __name__ == '__main__':

@@ -7,7 +7,6 @@ by --out=DIR: check.json with every finding, and pictures of the worst. Exits wi
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -20,7 +19,7 @@ CONFIG = config_flags.DEFINE_config_file(
 IMAGES = flags.DEFINE_bool(
     'images', False, 'read every image: undecodable ones, sizes, copies of an image in both splits'
 )
-OUT = flags.DEFINE_string('out', '', 'folder for check.json and pictures; made if need be. Without it, no files')
+OUT = flags.DEFINE(cli.PATH, 'out', None, 'folder for check.json and pictures; made if need be. Without it, no files')
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,8 +31,7 @@ def main(arguments: Sequence[str]) -> None:
 
     found = inspection.inspect(CONFIG.value, IMAGES.value)
     inspection_report.show(found, IMAGES.value)
-    if OUT.value:
-        out = Path(OUT.value)
+    if out := OUT.value:
         content = json.dumps(inspection_report.to_json(found), indent=1)
         write_atomically(out / 'check.json', content.encode())
         pictures = inspection_report.write_pictures(found, out)

@@ -16,14 +16,30 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from effdet_jax import config as run_config
-from effdet_jax import configs, startup
+from effdet_jax import paths, startup
 from effdet_jax.configs import rules
 from effdet_jax.errors import UserError
 
 QUIET = flags.DEFINE_bool('quiet', False, 'say nothing but results, warnings and errors')
 VERBOSE = flags.DEFINE_bool('verbose', False, 'say what is compiled and what libraries log; tracebacks with errors')
 
-CONFIGS = Path(configs.__path__[0]).resolve()  # beside the package in a checkout, inside of it where it is installed
+CONFIGS = startup.CONFIGS.resolve()  # beside the package in a checkout, inside of it where it is installed
+
+# Config keys whose values hold paths, alone or behind `voc:`, `coco:` and `csv:`.
+SOURCE_KEYS = ('source', 'train_split', 'eval_split')
+
+
+class PathParser(flags.ArgumentParser[Path]):
+    """A path of this machine, with `~` expanded; empty ones and addresses are bad usage."""
+
+    def parse(self, argument: str | Path) -> Path:
+        if not argument:
+            raise ValueError('the path is empty')
+        return paths.local(argument)
+
+
+SAVED = CONFIGS / 'saved.py'  # the config that is a work directory's own
+PATH = PathParser()  # flags.DEFINE(cli.PATH, 'out', None, 'what it is for')
 
 
 class TupleParser(flags.ArgumentParser):
@@ -111,11 +127,12 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> Sequence[str]:
     if any(argument == '-h' or argument.startswith(('--help', '-help')) for argument in argv):
         print(_help(sys.modules['__main__'].__doc__ or '', argv[0], required))
         sys.exit(0)
-    argv = _with_config(list(argv))
     try:
-        rest = flags.FLAGS(argv)
-        if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
-            run_config.check(flags.FLAGS['config'].value)
+        rest = flags.FLAGS(_with_config(list(argv)))
+        config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
+        if config is not None:
+            run_config.check(config)
+        _check_paths(config)
     except UserError as error:
         fail(str(error), 2)
     # A config file is run while the flags are parsed, and an override may name a key that does not exist.
@@ -150,15 +167,28 @@ def _with_config(argv: list[str]) -> list[str]:
     argv, given = _taken_out(argv, 'config')
     if not given:
         _, workdir = _taken_out(argv, 'workdir')
-        is_run = (Path(workdir) / 'config.json').is_file()
-        return [argv[0], f'--config={CONFIGS / "saved.py"}:{workdir}', *argv[1:]] if is_run else argv
+        is_run = workdir and (paths.local(workdir) / 'config.json').is_file()
+        return [argv[0], f'--config={SAVED}:{workdir}', *argv[1:]] if is_run else argv
+    paths.refuse_addresses(given)
     file, colon, preset = given.partition(':')
+    file = str(paths.local(file))
     if not Path(file).is_file():
         ours = CONFIGS.parent / file
         if Path(file).parts[:1] != (CONFIGS.name,) or not ours.is_file():
             fail(f'config file {file} does not exist: the ready ones are configs/*.py', 2)
         file = str(ours)
     return [argv[0], f'--config={file}{colon}{preset}', *argv[1:]]  # first: overrides need it
+
+
+def _check_paths(config: Any) -> None:
+    """As `PathParser` does it, in those keys of the config that hold paths."""
+    if not config:
+        return
+    for key in SOURCE_KEYS:
+        paths.refuse_addresses(str(config.get('dataset', {}).get(key, '')))
+    init_from = str(config.get('train', {}).get('init_from') or '')
+    if (path := paths.local(init_from)) != Path(init_from):
+        config.train.init_from = str(path)
 
 
 def _taken_out(argv: list[str], name: str) -> tuple[list[str], str]:
@@ -200,3 +230,7 @@ def fail(message: str, code: int) -> NoReturn:
     """Ends the process with one line."""
     print(f'error: {" ".join(message.split())}', file=sys.stderr)
     sys.exit(code)
+
+
+if _problem := startup.problem():  # now: the imports of the commands would fail
+    fail(_problem, 1)

@@ -6,14 +6,13 @@ the original; where it differs nothing is written, and the difference is told.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import app, flags
 
 from effdet_jax import cli
 
-WORKDIR = flags.DEFINE_string('workdir', '', 'the training run whose best checkpoint is exported')
-OUT = flags.DEFINE_string('out', '', 'what to write: a file, of savedmodel a folder')
+WORKDIR = flags.DEFINE(cli.PATH, 'workdir', None, 'the training run whose best checkpoint is exported')
+OUT = flags.DEFINE(cli.PATH, 'out', None, 'what to write: a file, of savedmodel a folder')
 FORMAT = flags.DEFINE_enum(
     'format', 'stablehlo', ['stablehlo', 'savedmodel', 'onnx'],
     'stablehlo: runs with jax and flatbuffers alone, on CPU, NVIDIA GPU and TPU; savedmodel: with TensorFlow; onnx: '
@@ -34,8 +33,9 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --workdir=DIR --out=FILE')
     from effdet_jax.exporter import export  # after the flags: --help must not wait for jax
 
+    assert WORKDIR.value and OUT.value  # required
     outputs = OUTPUTS.value or ('raw' if FORMAT.value == 'onnx' else 'boxes')
-    export(Path(WORKDIR.value), Path(OUT.value), FORMAT.value, outputs, BATCH.value)
+    export(WORKDIR.value, OUT.value, FORMAT.value, outputs, BATCH.value)
 
 
 if __name__ == '__main__':

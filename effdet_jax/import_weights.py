@@ -6,7 +6,6 @@ predicts and can be started from. --certify=OUTPUTS.npz proves that the network 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -15,15 +14,17 @@ from effdet_jax import cli
 from effdet_jax.configs.presets import PRESETS
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'the model the file is of, configs/d0.py', lock_config=True)
-SOURCE = flags.DEFINE_string('source', '', 'the checkpoint: a file, a folder, or the prefix of a TensorFlow checkpoint')
-WORKDIR = flags.DEFINE_string('workdir', '', 'a new folder for the imported weights')
+SOURCE = flags.DEFINE(
+    cli.PATH, 'source', None, 'the checkpoint: a file, a folder, or the prefix of a TensorFlow checkpoint'
+)
+WORKDIR = flags.DEFINE(cli.PATH, 'workdir', None, 'a new folder for the imported weights')
 PRESET = flags.DEFINE_enum(
     'preset', 'auto', ['auto', *PRESETS], "input statistics, anchors and NMS; auto: those of the file's family"
 )
 ALLOW = flags.DEFINE_list(
     'allow', [], 'regexes on names of tensors that may be missing, spare or of another shape, e.g. class_net/predict'
 )
-CERTIFY = flags.DEFINE_string('certify', '', 'an .npz of reference outputs that must be met, layer by layer')
+CERTIFY = flags.DEFINE(cli.PATH, 'certify', None, 'an .npz of reference outputs that must be met, layer by layer')
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,14 +32,14 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --source=FILE --workdir=DIR')
     from effdet_jax.importer import import_weights  # after the flags: --help must not wait for jax
 
-    reference = Path(CERTIFY.value) if CERTIFY.value else None
+    assert SOURCE.value and WORKDIR.value  # required
     import_weights(
         CONFIG.value,
-        Path(SOURCE.value),
-        Path(WORKDIR.value),
+        SOURCE.value,
+        WORKDIR.value,
         preset=PRESET.value,
         allow=ALLOW.value,
-        reference=reference,
+        reference=CERTIFY.value,
     )
 
 

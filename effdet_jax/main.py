@@ -1,9 +1,12 @@
-"""Train and evaluate: python -m effdet_jax.main --config=configs/d3.py --workdir=runs/d3
+"""Train and evaluate: python -m effdet_jax.main --config=configs/d3.py [--workdir=runs/d3]
 
+Without --workdir the run goes to runs/NAME: runs/d3 for configs/d3.py, runs/d3_voc2007_report for
+configs/d3.py:voc2007,report.
 Start it again with the same --workdir and it continues. Any key of the config is a flag: --config.train.epochs=40.
 On several hosts start it on every one; TPU VMs and Slurm need no more flags, others --coordinator and the two after it.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +18,12 @@ from effdet_jax import cli
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'FILE or FILE:PRESET, e.g. configs/d3.py:voc2007', lock_config=True
 )
-WORKDIR = flags.DEFINE_string('workdir', '', 'where the run keeps its checkpoints, metrics and pictures')
+WORKDIR = flags.DEFINE(
+    cli.PATH,
+    'workdir',
+    None,
+    'where the run keeps its checkpoints, metrics and pictures; else runs/NAME by the config',
+)
 MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train, or evaluate the best checkpoint of the workdir')
 COORDINATOR = flags.DEFINE_string('coordinator', '', 'several processes: HOST:PORT of process 0, free to listen on')
 NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'several processes: how many', lower_bound=1)
@@ -25,16 +33,32 @@ PROCESS_ID = flags.DEFINE_integer('process_id', None, 'several processes: which 
 def main(arguments: Sequence[str]) -> None:
     if arguments:
         raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --config=FILE --workdir=DIR')
+    from effdet_jax.records.metrics import say
+
+    workdir = WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS['config']))
+    if not WORKDIR.value:
+        say(f'work directory: {workdir} (--workdir=DIR names another)')
     from effdet_jax import train  # after the flags: --help must not wait for jax
     from effdet_jax.training import parallel
 
     parallel.start_hosts(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     run = {'train': train.train_and_evaluate, 'eval': train.evaluate_best}[MODE.value]
     with parallel.failing_together():
-        metrics = run(CONFIG.value, Path(WORKDIR.value))
+        metrics = run(CONFIG.value, workdir)
     if metrics:  # a run that was told to stop has none
-        train.report(metrics, Path(WORKDIR.value))
+        train.report(metrics, workdir)
+
+
+def default_workdir(config: str) -> Path:
+    """runs/NAME for `configs/NAME.py`, runs/NAME_WORDS for `configs/NAME.py:WORDS`; for a saved config its own folder.
+
+    So the runs of different presets are kept apart; two runs of one preset with different keys refuse each other.
+    """
+    file, _, words = config.partition(':')
+    if Path(file) == cli.SAVED:
+        return Path(words)
+    return Path('runs') / '_'.join(re.findall(r'[\w.=-]+', f'{Path(file).stem} {words}'))
 
 
 if __name__ == '__main__':
-    cli.run(main, required=('config', 'workdir'))
+    cli.run(main, required=('config',))

@@ -6,7 +6,6 @@ like the one that you will train on. Any key of the config is a flag: --config.m
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -21,8 +20,8 @@ BATCH = flags.DEFINE_integer('batch', None, 'short for --config.train.batch_size
 NO_STEP = flags.DEFINE_bool('no-step', False, 'do not compile the training step: seconds, but no activations, no time')
 NO_DATA = flags.DEFINE_bool('no-data', False, 'do not open the training data: no anchors, 90 classes unless named')
 FIT = flags.DEFINE_bool('fit', False, 'propose anchor scale and aspect ratios by k-means on IoU')
-DRAW = flags.DEFINE_string('draw', '', 'SVG or PNG file for a picture of the feature network')
-OUT = flags.DEFINE_string('out', '', 'Markdown file for the plan')
+DRAW = flags.DEFINE(cli.PATH, 'draw', None, 'SVG or PNG file for a picture of the feature network')
+OUT = flags.DEFINE(cli.PATH, 'out', None, 'Markdown file for the plan')
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -39,13 +38,13 @@ def main(arguments: Sequence[str]) -> None:
         config.train.batch_size = BATCH.value
     memory = planner.parse_bytes(MEMORY.value) if MEMORY.value else None
     if DRAW.value:
-        planner.draw_feature_network(config, Path(DRAW.value))
+        planner.draw_feature_network(config, DRAW.value)
     sections = []
     for section in planner.plan(config, memory, not NO_DATA.value, not NO_STEP.value, FIT.value):
         answer(f'\n{section}')
         sections.append(section)
     if OUT.value:
-        write_atomically(Path(OUT.value), ('\n\n'.join(sections) + '\n').encode())
+        write_atomically(OUT.value, ('\n\n'.join(sections) + '\n').encode())
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
@@ -156,7 +157,8 @@ def device_memory() -> tuple[int, str]:
         return statistics['bytes_limit'], f'a {jax.local_devices()[0].device_kind}'
     # On a CPU what this process has already taken (Python, the compiler) will be taken in training, too.
     machine = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     what = f'this machine ({_amount(machine)}, of which Python and the compiler have taken {_amount(taken)})'
     return (machine - taken) // jax.local_device_count(), what
 

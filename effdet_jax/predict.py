@@ -1,21 +1,24 @@
 """Detect: python -m effdet_jax.predict --workdir=runs/d3 PATH... --out=DIR
 
 PATH is an image, a video, a folder of them, or a quoted pattern ('photos/**/*.jpg'). Draws into DIR, NAME.png for an
-image and NAME.mp4 for a video (without sound), and writes DIR/detections.json, a list of COCO results.
+image and NAME.mp4 for a video (without sound), and writes DIR/detections.json, a list of COCO results with file names.
 """
 
+import itertools
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from glob import has_magic
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import app, flags
 
-from effdet_jax import cli
-from effdet_jax.errors import UserError
-from effdet_jax.records.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from effdet_jax import cli, paths
+from effdet_jax.errors import UserError, printable
 
-WORKDIR = flags.DEFINE_string('workdir', '', 'the training run whose best checkpoint detects')
-OUT = flags.DEFINE_string('out', '', 'folder for pictures, videos and detections.json; made if need be')
+WORKDIR = flags.DEFINE(cli.PATH, 'workdir', None, 'the training run whose best checkpoint detects')
+OUT = flags.DEFINE(cli.PATH, 'out', None, 'folder for pictures, videos and detections.json; made if need be')
 SCORE = flags.DEFINE_float(
     'score', 0.3, 'draw and cut out boxes from this score; detections.json holds all in images', 0.0, 1.0
 )
@@ -28,8 +31,12 @@ TTA = flags.DEFINE_list(
 MERGE = flags.DEFINE_enum('merge', 'wbf', ['wbf', 'nms'], 'how --tta unites its boxes: weighted box fusion or NMS')
 
 
+SHOWN = 3  # files of many that are named
+
+
 def main(arguments: Sequence[str]) -> None:
-    workdir, out = Path(WORKDIR.value), Path(OUT.value)
+    workdir, out = WORKDIR.value, OUT.value
+    assert workdir and out  # required
     files, views = find_files(arguments, out), read_views(TTA.value)
     if not workdir.exists():
         raise UserError(f'{workdir} does not exist: give the --workdir of a training run')
@@ -45,7 +52,8 @@ def main(arguments: Sequence[str]) -> None:
 def find_files(arguments: Sequence[str], out: Path) -> dict[Path, str]:
     """{image or video: name of its results}, which is its path below the folder, or below the fixed part of a pattern.
 
-    A folder is searched to its depths, without what an earlier call has written to `out` inside of it.
+    Folders are searched to their depths, linked ones too. Prints what is left out: what an earlier call wrote to
+    `out`, and what is no image or video by its name, unless it is given by itself.
 
     Raises:
       UserError: for a path that does not exist, a pattern that matches nothing, or nothing to detect in at all.
@@ -53,13 +61,23 @@ def find_files(arguments: Sequence[str], out: Path) -> dict[Path, str]:
     if not arguments:
         raise app.UsageError('name at least one image, video, folder or pattern')
     found: dict[str, Path] = {}
-    for path, root in (pair for argument in arguments for pair in _matches(argument, out)):
-        name = str(path.relative_to(root))
-        if found.setdefault(name, path) != path:
-            raise UserError(f'{found[name]} and {path} would both be written as {name}: give them one at a time')
+    left_out: dict[str, list[str]] = {}
+    for match in itertools.chain.from_iterable(map(_matches, arguments)):
+        if reason := _reason_to_leave_out(match, out):
+            left_out.setdefault(reason, []).append(str(match.path))
+            continue
+        name = match.path.relative_to(match.root).as_posix()
+        if found.setdefault(name, match.path).resolve() != match.path.resolve():
+            raise UserError(f'{found[name]} and {match.path} would both be written as {name}: give them one at a time')
+    notes = [f'{len(files)} left out, {reason}: {_first(files)}' for reason, files in left_out.items()]
     if not found:
-        known = ' '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
-        raise UserError(f'no image or video in {", ".join(arguments)}: known are {known}')
+        known = ' '.join(paths.IMAGE_SUFFIXES + paths.VIDEO_SUFFIXES)
+        raise UserError('; '.join([f'no image or video in {", ".join(arguments)}', *notes]) + f': known are {known}')
+    if notes:
+        from effdet_jax.records.metrics import say  # only now: it takes half a second to load
+
+        for note in notes:
+            say(printable(f'note: {note}'))
     return {path: name for name, path in found.items()}
 
 
@@ -74,35 +92,87 @@ def read_views(words: Sequence[str]) -> tuple[bool, tuple[float, ...]]:
     return 'flip' in words, tuple(dict.fromkeys(scales))
 
 
-def _matches(argument: str, out: Path) -> Iterator[tuple[Path, Path]]:
-    """(file, folder that its name leaves away)."""
-    root = Path(argument)
-    if root.is_dir():
-        yield from ((path, root) for path in _files_below(root, out))
-    elif root.exists():
-        yield root, root.parent
+class _Match(NamedTuple):
+    """A file that an argument stands for."""
+
+    path: Path
+    root: Path  # the folder that its name leaves away
+    problem: str = ''  # why it cannot be used
+    by_itself: bool = False  # not in a folder, not by a pattern
+
+
+def _matches(argument: str) -> Iterator[_Match]:
+    path = paths.local(argument)
+    if path.is_dir():
+        yield from _search(path, path)
+    elif path.exists():
+        yield _Match(path, path.parent, by_itself=True)
     elif has_magic(argument):
-        fixed = next(parent for parent in root.parents if not has_magic(str(parent)))
-        if not (matched := sorted(fixed.glob(str(root.relative_to(fixed))))):
+        fixed = next(parent for parent in path.parents if not has_magic(str(parent)))
+        matches = _matches_of_pattern(fixed, path.relative_to(fixed).parts)
+        if (first := next(matches, None)) is None:
             raise UserError(f'{argument} matches nothing')
-        for path in matched:
-            files = _files_below(path, out) if path.is_dir() else [path] if _is_known(path) else []
-            yield from ((file, fixed) for file in files)
+        yield from itertools.chain([first], matches)
     else:
         raise UserError(f'{argument} does not exist')
 
 
-def _files_below(folder: Path, out: Path) -> Iterator[Path]:
-    ours = out.resolve() if folder.resolve() in out.resolve().parents else None
+def _matches_of_pattern(fixed: Path, parts: tuple[str, ...]) -> Iterator[_Match]:
+    """Pathlib's patterns, except that `**` follows links to folders. A folder that matches stands for what is in it."""
+    place = parts.index('**') if '**' in parts else len(parts)
+    before, after = str(Path(*parts[:place])), str(Path(*parts[place + 1 :]))
+    for path in sorted(fixed.glob(before)) if place else [fixed]:
+        for match in _search(path, fixed) if path.is_dir() else [_Match(path, fixed)]:
+            below = match.path.relative_to(path)
+            if place == len(parts) or after == '.' or any(each.match(after) for each in (below, *below.parents)):
+                yield match
+
+
+def _search(folder: Path, root: Path) -> Iterator[_Match]:
+    """All files in `folder` and below, those behind links last.
+
+    Each folder is searched once, so links may lead in circles. One to a folder above `folder` is not followed.
+    """
+    seen, waiting = {*folder.resolve().parents}, deque([folder])
+    closed: list[OSError] = []
+    while waiting:
+        for here, folders, files in os.walk(waiting.popleft(), onerror=closed.append):
+            place = Path(here)
+            if (real := place.resolve()) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            waiting.extend(place / name for name in folders if (place / name).is_symlink())
+            yield from (_Match(place / name, root) for name in sorted(files))
+    yield from (_Match(Path(error.filename), root, f'cannot be opened ({error.strerror})') for error in closed)
+
+
+def _reason_to_leave_out(match: _Match, out: Path) -> str:
+    if _is_result(match.path, out):
+        return 'written by an earlier call'
+    if not (match.by_itself or paths.is_image(match.path) or paths.is_video(match.path)):
+        return match.problem or 'no images or videos by their names'
+    return match.problem
+
+
+def _is_result(path: Path, out: Path) -> bool:
+    """Whether a file lies in `out`, however that is spelled or linked, and is called as what this command writes."""
+    real = path.resolve()
+    if not out.exists() or not (ours := next((parent for parent in real.parents if parent.samefile(out)), None)):
+        return False
+    inside = real.relative_to(ours)
+    source = Path(inside.stem)  # NAME of NAME.png
     return (
-        path
-        for path in sorted(folder.rglob('*'))
-        if _is_known(path) and path.is_file() and not (ours and ours in path.resolve().parents)
+        inside == Path('detections.json')
+        or (inside.suffix == '.png' and paths.is_image(source))
+        or (inside.suffix == '.mp4' and paths.is_video(source))
+        or (inside.parts[0] == 'crops' and inside.suffix == '.png' and source.suffix[1:].isdecimal())
     )
 
 
-def _is_known(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
+def _first(files: Sequence[str]) -> str:
+    return ', '.join([*files[:SHOWN], *(['...'] if len(files) > SHOWN else [])])
 
 
 if __name__ == '__main__':

@@ -2,24 +2,26 @@
 
 import dataclasses
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
 
+from effdet_jax import paths
 from effdet_jax.data import read_image
 from effdet_jax.errors import UserError
 from effdet_jax.inference import Detections, Detector
 from effdet_jax.inference.video import open_video, video_writer
-from effdet_jax.records.files import VIDEO_SUFFIXES, json_list
+from effdet_jax.records.files import json_list
 from effdet_jax.records.metrics import Progress, say
 from effdet_jax.records.pictures import write_image
 
 THREADS = 4  # that read and write pictures while the network works
+LARGEST_ID = 2**53 - 1  # the largest integer that every reader of JSON keeps
 
 A = TypeVar('A')
 B = TypeVar('B')
@@ -55,12 +57,12 @@ def predict(job: Job, files: Mapping[Path, str]) -> None:
     """Writes a picture or a video for each of `files` {path: name of its results}, and detections.json.
 
     detections.json holds all detections in images, for evaluation; of videos those that are drawn, with the number of
-    the frame, from 0.
+    the frame, from 0. Each has the `file_name` that is in `files`.
 
     Raises:
       UserError: at the end, where files could not be read, naming them; at once for classes that there are not.
     """
-    videos = {path: name for path, name in files.items() if path.suffix.lower() in VIDEO_SUFFIXES}
+    videos = {path: name for path, name in files.items() if paths.is_video(path)}
     images = {path: name for path, name in files.items() if path not in videos}
     left_out: list[str] = []
     count = 0
@@ -92,10 +94,16 @@ def predict(job: Job, files: Mapping[Path, str]) -> None:
         raise UserError(f'{len(left_out)} of {len(files)} files were left out: {"; ".join(left_out)}')
 
 
-def image_id(name: str) -> int | str:
-    """COCO names an image after its number ('000000397133.jpg'); any other image is known by its name."""
-    stem = Path(name).stem
-    return int(stem) if stem.isdecimal() else name
+def image_ids(names: Collection[str]) -> dict[str, int | str]:
+    """{name: image_id in COCO results}, each of which occurs once.
+
+    COCO names an image after its number: 000000397133.jpg is 397133. An image whose name is no number, or the same
+    number as that of another, is known by its name.
+    """
+    stems = {name: PurePath(name).stem for name in names}
+    numbers = {name: int(stem) for name, stem in stems.items() if stem.isdecimal() and int(stem) <= LARGEST_ID}
+    times = Counter(numbers.values())
+    return {name: numbers[name] if name in numbers and times[numbers[name]] == 1 else name for name in names}
 
 
 Record = Callable[[list[dict[str, Any]]], None]
@@ -104,6 +112,7 @@ Record = Callable[[list[dict[str, Any]]], None]
 def _detect_in_images(job: Job, images: Mapping[Path, str], record: Record, left_out: list[str]) -> None:
     """Reading and drawing happen in threads, a few images ahead and behind, so any number of images fits in memory."""
     waiting: deque[tuple[str, np.ndarray]] = deque()
+    ids = image_ids(images.values())
 
     def readable(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
         for name, image in zip(images.values(), _ahead(pool, _read, images), strict=True):
@@ -116,7 +125,8 @@ def _detect_in_images(job: Job, images: Mapping[Path, str], record: Record, left
     def detected(pool: ThreadPoolExecutor) -> Iterator[tuple[str, np.ndarray, Detections]]:
         for everything in job.detector.stream(readable(pool)):
             found, (name, image) = job.wanted(everything), waiting.popleft()
-            record(found.to_coco(image_id(name), job.detector.category_ids))
+            rows = found.to_coco(ids[name], job.detector.category_ids)
+            record([row | {'file_name': name} for row in rows])
             yield name, image, found.above(job.score)
 
     def save(item: tuple[str, np.ndarray, Detections]) -> None:
@@ -152,7 +162,7 @@ def _detect_in_video(job: Job, path: Path, name: str, record: Record) -> None:
         for done, everything in enumerate(job.detector.stream(frames()), start=1):
             found, frame, number = job.wanted(everything).above(job.score), waiting.popleft(), done - 1
             rows = found.to_coco(f'{name}#{number}', job.detector.category_ids)
-            record([row | {'video': name, 'frame': number} for row in rows])
+            record([row | {'file_name': name, 'video': name, 'frame': number} for row in rows])
             write(found.draw(frame, enlarge=False))
             if job.crop:
                 job.cut_out(found, frame, f'{name}.{number:06d}')

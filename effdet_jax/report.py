@@ -5,7 +5,6 @@ kinds of error, the worst and the best images. Overrides as usual: --config.data
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -14,21 +13,22 @@ from effdet_jax import cli
 from effdet_jax import config as run_config
 
 CONFIG = config_flags.DEFINE_config_file('config', None, "if not the work directory's own", lock_config=True)
-WORKDIR = flags.DEFINE_string('workdir', '', 'the training run')
-OUT = flags.DEFINE_string('out', '', 'the page to write; without it, report.html in the work directory')
+WORKDIR = flags.DEFINE(cli.PATH, 'workdir', None, 'the training run')
+OUT = flags.DEFINE(cli.PATH, 'out', None, 'the page to write; without it, report.html in the work directory')
 
 
 def main(arguments: Sequence[str]) -> None:
     if arguments:
         raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --workdir=DIR --out=FILE')
-    workdir = Path(WORKDIR.value)
+    workdir = WORKDIR.value
+    assert workdir  # required
     config = CONFIG.value or run_config.load(workdir)  # the latter says what is wrong with the work directory
     from effdet_jax import reporting, train  # after the flags: --help must not wait for jax
     from effdet_jax.records.metrics import answer
     from effdet_jax.training import parallel
 
     parallel.start_hosts()
-    out = Path(OUT.value or workdir / reporting.FILE)
+    out = OUT.value or workdir / reporting.FILE
     best = train.best_evaluation(config, workdir)
     if parallel.is_first_host():
         reporting.write_report(config, workdir, out, best.source, best.step, best.metrics, best.found)

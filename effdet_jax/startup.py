@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import hashlib
+import importlib
 import os
 import platform
 import stat
@@ -23,12 +24,34 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 WHO_GETS_HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
+CONFIGS = Path(__file__).with_name('configs')  # a link to ../configs in a checkout, a folder where it is installed
+POSIX = ('fcntl', 'resource')  # modules of Python that Windows lacks
+
+
 def prepare() -> None:
     """To be called before anything imports jax, and before anything is done: it may start the command once more."""
     use_huge_pages()
     # Tracing makes many objects and no garbage: with Python's 700, a quarter of its time goes into looking for it.
     gc.set_threshold(OBJECTS_BEFORE_GARBAGE)
     keep_programs(os.environ)
+
+
+def problem() -> str:
+    """Why nothing of this package can run here, in one line; empty where it can."""
+    try:
+        for module in POSIX:
+            importlib.import_module(module)
+    except ImportError:
+        return (
+            'effdet_jax runs on Linux and macOS: on Windows, install and start it inside WSL '
+            '(https://learn.microsoft.com/windows/wsl)'
+        )
+    if not CONFIGS.is_dir():
+        return (
+            f'{CONFIGS} is not a link to the folder configs: git on Windows, zip files and some disks turn links into '
+            'text files. Clone the repository again inside WSL or on a disk with links, or pip install it'
+        )
+    return ''
 
 
 def use_huge_pages() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,18 @@ import tiny
 
 from effdet_jax import cli
 from effdet_jax import config as run_config
+from effdet_jax.cli import COMMANDS
+from effdet_jax.configs import quickstart
 
 ROOT = Path(__file__).parents[1]
 
 
-def start(command, *arguments, **environment):
+def start(command, *arguments, cwd=ROOT, **environment):
     """(exit code, stdout, stderr)."""
     done = subprocess.run(
         [sys.executable, '-m', f'effdet_jax.{command}', *map(str, arguments)],
-        cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment, capture_output=True, text=True, check=False,
+        cwd=cwd, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | environment,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -27,8 +31,8 @@ def start(command, *arguments, **environment):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ((), 'error: --config and --workdir missing'),
-        (('--config=configs/d0.py',), 'error: --workdir missing'),
+        ((), 'error: --config missing'),
+        (('--config=configs/d0.py', '--workdir='), 'flag --workdir=: the path is empty'),
         (('--config=configs/d9.py', '--workdir=W'), 'error: config file configs/d9.py does not exist'),
         (('--config=configs/d0.py', '--config.trian.epochs=3', '--workdir=W'), 'trian'),
         (('--config=configs/d0.py', '--config.train.epoch=3', '--workdir=W'), 'epoch'),
@@ -134,6 +138,129 @@ def test_a_run_with_a_wrong_value_is_one_line_until_a_flag_corrects_it(tmp_path)
         printed = start(command, f'--workdir={tmp_path}', *arguments)
         assert printed == (1, '', f'error: {tmp_path}/config.json: {reason}')
     assert [path.name for path in tmp_path.iterdir()] == ['config.json']
+
+
+@pytest.mark.parametrize(
+    ('command', 'arguments', 'address'),
+    [
+        ('main', ('--config=configs/d0.py', '--workdir=gs://bucket/run'), 'gs://bucket/run'),
+        ('main', ('--config=configs/d0.py', '--workdir=S3://bucket/run'), 'S3://bucket/run'),
+        ('main', ('--config', 'gs://bucket/d0.py', '--workdir=W'), 'gs://bucket/d0.py'),
+        ('main', ('--config=configs/saved.py:gs://bucket/run',), 'gs://bucket/run'),
+        ('main', ('--config=configs/d0.py', '--config.train.init_from=gs://bucket/run'), 'gs://bucket/run'),
+        ('main', ('--config=configs/d0.py', '--config.dataset.source=voc:gs://bucket/voc'), 'gs://bucket/voc'),
+        ('plan', ('--config=configs/d0.py', '--config.dataset.train_split=coco:a.json,s3://b/i'), 's3://b/i'),
+        ('plan', ('--config=configs/d0.py', '--no-data', '--draw=gs://bucket/a.svg'), 'gs://bucket/a.svg'),
+        ('plan', ('--config=configs/d0.py', '--no-data', '--out=gs://bucket/a.md'), 'gs://bucket/a.md'),
+        ('check_data', ('--config=configs/d0.py', '--out=gs://bucket/a'), 'gs://bucket/a'),
+        ('benchmark', ('--config=configs/d0.py', '--profile=gs://bucket/a'), 'gs://bucket/a'),
+        ('benchmark', ('--config=configs/d0.py', '--out=gs://bucket/a'), 'gs://bucket/a'),
+        ('report', ('--workdir=http://host/run',), 'http://host/run'),
+        ('report', ('--workdir=W', '--out=hdfs://host/a.html'), 'hdfs://host/a.html'),
+        ('export', ('--workdir=gs://bucket/run', '--out=W'), 'gs://bucket/run'),
+        ('export', ('--workdir=W', '--out=gs://bucket/d0.zip'), 'gs://bucket/d0.zip'),
+        ('predict', ('--workdir=gs://bucket/run', '--out=W', 'README.md'), 'gs://bucket/run'),
+        ('predict', ('--workdir=W', '--out=gs://bucket/found', 'README.md'), 'gs://bucket/found'),
+        ('import_weights', ('--config=configs/d0.py', '--source=https://host/d0.pth', '--workdir=W'), 'https://host/d0.pth'),
+        ('import_weights', ('--config=configs/d0.py', '--source=a', '--workdir=gs://bucket/a'), 'gs://bucket/a'),
+        ('import_weights', ('--config=configs/d0.py', '--source=a', '--workdir=W', '--certify=gs://b/a'), 'gs://b/a'),
+    ],
+    ids=lambda value: ' '.join(value) if isinstance(value, tuple) else value,
+)  # fmt: skip
+def test_an_address_is_refused_at_once_wherever_a_path_is_asked_for(command, arguments, address, tmp_path):
+    code, out, error = start(command, *arguments, cwd=tmp_path)
+    message = 'is an address, and only local files and folders work: mount or download it, and give that path'
+    assert (code, out, error) == (2, '', f'error: {address} {message}\n')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_at_an_address_are_refused(tmp_path):
+    code, out, error = start('predict', '--workdir=W', '--out=W', 'https://host/a.jpg', cwd=tmp_path)
+    assert (code, out) == (1, '')
+    assert error.startswith('error: https://host/a.jpg is an address, ')
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path):
+    home, here = tmp_path / 'home', tmp_path / 'here'
+    (home / 'mine').mkdir(parents=True)
+    here.mkdir()
+    config = '--config=~/mine/own.py'
+    (home / 'mine' / 'own.py').write_text((ROOT / 'configs' / 'quickstart.py').read_text())
+    plan = ('plan', config, '--no-step', '--no-data', '--out=~/plan.md', '--draw=~/network.svg')
+    code, _, error = start(*plan, cwd=here, HOME=str(home))
+    assert (code, error) == (0, '')
+    assert {path.name for path in home.iterdir()} >= {'plan.md', 'network.svg'}
+    reason = f'error: {home}/run/config.json does not exist: give the --workdir of a training run\n'
+    assert start('report', '--workdir=~/run', cwd=here, HOME=str(home)) == (1, '', reason)
+    train = ('main', config, '--workdir=~/run', '--config.train.init_from=~/other')
+    code, _, error = start(*train, cwd=here, HOME=str(home))
+    assert code == 1
+    assert error.startswith(f'error: {home}/other holds no checkpoints: ')
+    assert list(here.iterdir()) == []
+    unknown = 'error: ~nobody-of-this-name/run: there is no such home folder: write the whole path\n'
+    assert start('report', '--workdir=~nobody-of-this-name/run') == (2, '', unknown)
+
+
+def test_a_run_without_a_workdir_is_called_after_its_config():
+    names = {
+        'configs/d3.py': 'runs/d3',
+        '/elsewhere/mine.py': 'runs/mine',
+        'configs/d3.py:voc2007,report': 'runs/d3_voc2007_report',
+        'mine.py:/data/../x': 'runs/mine_data_.._x',
+        f'{ROOT}/configs/saved.py:out/d3': 'out/d3',
+    }
+    show = 'import sys; from effdet_jax import main; print(*map(main.default_workdir, sys.argv[1:]))'
+    done = subprocess.run([sys.executable, '-c', show, *names], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(names.values())
+
+
+def test_the_cards_command_trains_in_its_own_folder_and_says_so(tmp_path):
+    code, out, error = start('main', '--config=configs/d3.py:voc2007', cwd=tmp_path, TFDS_DATA_DIR=str(tmp_path))
+    assert (code, out) == (1, 'work directory: runs/d3_voc2007 (--workdir=DIR names another)\n')
+    assert error.startswith('error: voc/2007 is not prepared in ')
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_the_folder_of_another_run_is_refused_where_no_workdir_is_given(mode, tmp_path):
+    config = quickstart.get_config()
+    config.image.size = (64, 64)
+    run_config.save(config, tmp_path / 'runs' / 'quickstart')
+    code, out, error = start('main', '--config=configs/quickstart.py', f'--mode={mode}', cwd=tmp_path)
+    assert code == 1
+    assert out.startswith('work directory: runs/quickstart ')
+    assert error.startswith('error: runs/quickstart belongs to a run with another config (')
+    assert 'image.size: [64, 64] there, [128, 128] now' in error
+    assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize('module', ['fcntl', 'resource'])
+@pytest.mark.parametrize('command', sorted({command.module for command in COMMANDS.values()} | {'__main__'}))
+def test_on_windows_every_command_asks_for_wsl(module, command, tmp_path):
+    (tmp_path / f'{module}.py').write_text(f'raise ModuleNotFoundError("No module named {module}")')
+    code, out, error = start(command, '--help', PYTHONPATH=f'{tmp_path}:{ROOT}')
+    assert (code, out) == (1, '')
+    assert error.startswith('error: effdet_jax runs on Linux and macOS: on Windows, install and start it inside WSL ')
+    assert error.count('\n') == 1
+
+
+def test_importing_the_detector_on_windows_asks_for_wsl(tmp_path):
+    (tmp_path / 'fcntl.py').write_text('raise ModuleNotFoundError("No module named fcntl")')
+    words = [sys.executable, '-c', 'from effdet_jax.inference import Detector']
+    windows = os.environ | {'PYTHONPATH': f'{tmp_path}:{ROOT}'}
+    done = subprocess.run(words, env=windows, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith('ImportError: effdet_jax runs on Linux and macOS: on Windows, ')
+
+
+@pytest.mark.parametrize('command', ['__main__', 'main', 'report', 'completion'])
+def test_a_checkout_without_links_is_told_in_one_line(command, tmp_path):
+    shutil.copytree(
+        ROOT / 'effdet_jax', tmp_path / 'effdet_jax', ignore=shutil.ignore_patterns('configs', '__pycache__')
+    )
+    (tmp_path / 'effdet_jax' / 'configs').write_text('../configs')  # as git leaves it
+    code, out, error = start(command, '--help', cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert (code, out) == (1, '')
+    assert error.startswith(f'error: {tmp_path}/effdet_jax/configs is not a link to the folder configs: ')
+    assert error.count('\n') == 1
 
 
 def test_a_report_needs_a_run(tmp_path):

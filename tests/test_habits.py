@@ -40,7 +40,7 @@ def test_help_names_every_flag_and_waits_for_no_library(name):
     code, out, loaded = python('-X', 'importtime', '-m', 'effdet_jax', name, '--help', COLUMNS='1000')
     assert code == 0
     source = (ROOT / 'effdet_jax' / f'{COMMANDS[name].module}.py').read_text()
-    for flag in [*re.findall(r"(?:DEFINE_\w+)\(\s*'([\w-]+)'", source), 'quiet', 'verbose']:
+    for flag in [*re.findall(r"DEFINE\w*\(\s*(?:cli\.PATH, )?'([\w-]+)'", source), 'quiet', 'verbose']:
         assert re.search(rf'^  --(\[no])?{flag} +\S', out, re.MULTILINE), flag
     if 'DEFINE_config_file' in source:
         assert '--config.train.epochs=40' in out

@@ -21,6 +21,7 @@ from effdet_jax.errors import UserError
 from effdet_jax.inference import Detector
 from effdet_jax.inference.detector import Thresholds
 from effdet_jax.inference.video import open_video, video_writer
+from effdet_jax.paths import IMAGE_FORMATS, IMAGE_SUFFIXES
 
 ROOT = Path(__file__).parents[1]
 OUT = Path('out')
@@ -96,11 +97,11 @@ def test_every_other_image_is_drawn_in_its_own_proportions(run):
 
 def test_the_results_are_coco_results(run):
     results = [row for row in json.loads((run.folder / 'detections.json').read_text()) if 'video' not in row]
-    ids = {'000000397133.jpg': 397133}
-    size_of = {ids.get(Path(name).name, name): size for name, size in SIZES.items()}
-    assert {result['image_id'] for result in results} == size_of.keys()
+    ids = {name: name for name in SIZES} | {'below/000000397133.jpg': 397133}
+    assert {result['file_name'] for result in results} == SIZES.keys()
     for result in results:
-        width, height = size_of[result['image_id']]
+        assert result['image_id'] == ids[result['file_name']]
+        width, height = SIZES[result['file_name']]
         x, y, w, h = result['bbox']
         assert min(x, y, w, h) >= 0
         assert x + w <= width + 0.02
@@ -122,6 +123,10 @@ def test_pycocotools_loads_the_results(run):
     assert f'9 images, 1 video, {len(results)} detections' in run.out
 
 
+def test_what_is_no_image_is_named(run, images):
+    assert f'note: 1 left out, no images or videos by their names: {images}/notes.txt\n' in run.out
+
+
 def test_the_video_keeps_its_size_and_frame_rate(run):
     video = open_video(run.folder / 'clip.mp4.mp4')
     assert (video.height, video.width, video.frame_rate) == (60, 90, FRAME_RATE)
@@ -135,6 +140,7 @@ def test_results_in_a_video_have_the_number_of_their_frame(run):
     for row in results:
         assert row['video'] == 'clip.mp4'
         assert row['image_id'] == f'clip.mp4#{row["frame"]}'
+        assert row['file_name'] == 'clip.mp4'
         assert row['bbox'][0] + row['bbox'][2] <= 90.02
 
 
@@ -234,7 +240,94 @@ def test_what_an_earlier_call_has_drawn_is_left_out(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b'')
     assert set(predict.find_files([str(tmp_path)], tmp_path / 'found').values()) == {'a.jpg'}
-    assert len(predict.find_files([str(tmp_path / 'found')], tmp_path / 'found')) == 2
+    with pytest.raises(UserError, match='2 left out, written by an earlier call: '):
+        predict.find_files([str(tmp_path / 'found')], tmp_path / 'found')
+    assert len(predict.find_files([str(tmp_path / 'found')], tmp_path / 'elsewhere')) == 2
+
+
+def spellings(folder):
+    """(arguments, out) that all mean: detect in `folder`, and draw there."""
+    (folder.parent / 'link').symlink_to(folder)
+    (folder.parent / 'tree').mkdir()
+    (folder.parent / 'tree' / 'link').symlink_to(folder)
+    yield [str(folder)], folder
+    yield [str(folder)], folder / 'below' / '..'
+    yield [os.path.relpath(folder)], folder
+    yield [str(folder.parent / 'link')], folder
+    yield [str(folder)], folder.parent / 'link'
+    yield [str(folder.parent / 'tree')], folder
+    yield [f'{folder}/*'], folder
+    yield [f'{folder}/**/*.*'], folder
+    yield [f'{folder.parent}/li*/**'], folder
+    yield sorted(map(str, folder.iterdir())), folder
+
+
+def test_its_own_drawings_are_left_out_of_the_folder_that_they_lie_in_however_it_is_spelled(tmp_path, capsys):
+    folder = tmp_path / 'photos'
+    ours = ('a.jpg.png', 'a.jpg.png.png', 'below/b.PNG.png', 'gone.jpg.png', 'clip.mov.mp4', 'detections.json',
+            'crops/car/a.jpg.0.png', 'crops/car/below/b.PNG.12.png', 'crops/car/clip.mov.000003.0.png')  # fmt: skip
+    theirs = ('a.jpg', 'below/b.PNG', 'clip.mov', 'crops/c.png', 'crops/2.0.jpg', 'film.mp4')
+    for name in (*ours, *theirs):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b'')
+    for arguments, out in spellings(folder):
+        capsys.readouterr()
+        found = predict.find_files(arguments, out)
+        assert {str(path.resolve().relative_to(folder)) for path in found} == set(theirs), (arguments, out)
+        assert capsys.readouterr().out.startswith('note: ')
+
+
+def test_links_to_folders_are_followed_and_every_folder_is_searched_once(tmp_path):
+    for name in ('photos/deep/a.png', 'elsewhere/b.JPG', 'elsewhere/more/c.tiff', 'd.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b'')
+    for link, target in (
+        ('photos/away', '../elsewhere'),
+        ('photos/again', 'deep'),
+        ('photos/self', '.'),
+        ('photos/up', '..'),
+        ('photos/deep/back', '..'),
+        ('elsewhere/home', '../photos'),
+        ('photos/a link.png', 'deep/a.png'),
+    ):
+        (tmp_path / link).symlink_to(target)
+    names = {'deep/a.png', 'away/b.JPG', 'away/more/c.tiff', 'a link.png'}
+    assert set(predict.find_files([str(tmp_path / 'photos')], OUT).values()) == names
+    assert set(predict.find_files([f'{tmp_path}/photos/**/*'], OUT).values()) == names
+    others = {'away/b.JPG', 'away/more/c.tiff'}
+    assert set(predict.find_files([f'{tmp_path}/photos/**/*.[Jt]*'], OUT).values()) == others
+    assert set(predict.find_files([f'{tmp_path}/photos/**/more'], OUT).values()) == {'away/more/c.tiff'}
+    assert set(predict.find_files([f'{tmp_path}/ph*/**/a.png'], OUT).values()) == {'photos/deep/a.png'}
+
+
+def test_every_format_that_can_be_read_is_found_and_the_rest_is_named(tmp_path, capsys):
+    for suffix in IMAGE_SUFFIXES:
+        (tmp_path / f'x{suffix.upper()}').write_bytes(b'')
+    others = ('a.HEIC', 'b.txt', 'c', 'd.json', '.DS_Store')
+    for name in others:
+        (tmp_path / name).write_bytes(b'')
+    assert len(predict.find_files([str(tmp_path)], OUT)) == len(IMAGE_SUFFIXES)
+    first = ', '.join(f'{tmp_path}/{name}' for name in ('.DS_Store', 'a.HEIC', 'b.txt'))
+    assert capsys.readouterr().out == f'note: 5 left out, no images or videos by their names: {first}, ...\n'
+    assert predict.find_files([f'{tmp_path}/c'], OUT) == {tmp_path / 'c': 'c'}  # given by itself: as an image
+    with pytest.raises(UserError, match=r'no image or video in \S+; 1 left out, .* names: \S+HEIC: known are \.jpg '):
+        predict.find_files([f'{tmp_path}/*.HEIC'], OUT)
+
+
+@pytest.mark.parametrize('suffix', ['.gif', '.avif', '.jfif', '.jp2', '.ppm', '.webp'])
+def test_a_format_that_is_found_is_read(suffix, tmp_path):
+    image = shapes.draw(0).image
+    kind = next(kind for kind, suffixes in IMAGE_FORMATS.items() if suffix in suffixes)
+    Image.fromarray(image).save(tmp_path / f'x{suffix}', kind)
+    job = predictor.Job(two_finds(), tmp_path / 'out', 0.0)
+    predictor.predict(job, predict.find_files([str(tmp_path)], tmp_path / 'out'))
+    assert cv2.imread(str(tmp_path / 'out' / f'x{suffix}.png')) is not None
+
+
+def test_a_pipe_that_is_called_a_video_is_refused(tmp_path):
+    os.mkfifo(tmp_path / 'clip.mp4')
+    with pytest.raises(UserError, match=r'clip\.mp4: not a regular file'):
+        open_video(tmp_path / 'clip.mp4')
 
 
 @pytest.mark.parametrize(
@@ -262,8 +355,24 @@ def test_two_images_of_one_name_are_refused(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('name', 'image_id'),
-    [('000000397133.jpg', 397133), ('val/12.png', 12), ('IMG_12.jpg', 'IMG_12.jpg'), ('a/b.png', 'a/b.png')],
+    'ids',
+    [
+        {'000000397133.jpg': 397133, 'val/12.png': 12, 'IMG_12.jpg': 'IMG_12.jpg', 'a/b.png': 'a/b.png'},
+        {'clipA/000001.jpg': 'clipA/000001.jpg', 'clipB/000001.jpg': 'clipB/000001.jpg', 'clipB/000002.jpg': 2},
+        {'7.jpg': '7.jpg', '07.jpg': '07.jpg', '7.png': '7.png', '8.jpg': 8},
+        {'9007199254740991.png': 2**53 - 1, '9007199254740992.png': '9007199254740992.png'},
+        {f'{"9" * 250}.png': f'{"9" * 250}.png', '\u00b2.png': '\u00b2.png'},
+    ],
+    ids=['numbers and names', 'folders', 'zeros', 'what JSON holds', 'no number'],
 )
-def test_image_ids(name, image_id):
-    assert predictor.image_id(name) == image_id
+def test_an_image_has_the_number_in_its_name_where_no_other_image_has_it(ids):
+    assert predictor.image_ids(ids) == ids
+
+
+def test_two_images_of_one_number_can_be_told_apart_in_the_results(images, tmp_path):
+    files = {images / 'grey.png': 'cam1/0001.png', images / 'clear.png': 'cam2/0001.png'}
+    predictor.predict(predictor.Job(two_finds(), tmp_path, 0.0), files)
+    rows = json.loads((tmp_path / 'detections.json').read_text())
+    assert [(row['image_id'], row['file_name']) for row in rows] == [
+        (name, name) for name in files.values() for _ in range(2)
+    ]

@@ -11,23 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from effdet_jax.errors import UnreadableError
+from effdet_jax.paths import IMAGE_SUFFIXES
 
 MAX_BYTES = 2**31 - 1  # of a file; OpenCV's decoders take no more
-
-# Formats that are read, by Pillow's name, and how their files may end, in lower case.
-FORMATS: dict[str, tuple[str, ...]] = {
-    'JPEG': ('.jpg', '.jpeg', '.jpe', '.jfif'),
-    'PNG': ('.png', '.apng'),
-    'WEBP': ('.webp',),
-    'BMP': ('.bmp', '.dib'),
-    'TIFF': ('.tif', '.tiff'),
-    'GIF': ('.gif',),
-    'AVIF': ('.avif', '.avifs'),
-    'JPEG2000': ('.jp2', '.j2k', '.j2c', '.jpc', '.jpf', '.jpx'),
-    'PPM': ('.ppm', '.pgm', '.pbm', '.pnm'),
-    'SUN': ('.ras', '.sun'),
-}
-IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 # Longer marks first: UTF-32's little-endian one begins with UTF-16's.
 _BYTE_ORDER_MARKS = {

@@ -8,7 +8,6 @@ from xml.parsers import expat
 
 from effdet_jax.data.checks import Finding
 from effdet_jax.data.files import (
-    IMAGE_SUFFIXES,
     Folder,
     Found,
     files_below,
@@ -27,6 +26,7 @@ from effdet_jax.data.listing import (
     truth,
 )
 from effdet_jax.errors import UnreadableError, UserError
+from effdet_jax.paths import IMAGE_SUFFIXES
 
 
 def read_voc(root: Path, split: str, class_names: Sequence[str] = ()) -> Listing:

@@ -13,11 +13,16 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from effdet_jax.data.files import FORMATS, read_bytes
+from effdet_jax import paths
+from effdet_jax.data.files import read_bytes
 from effdet_jax.errors import UnreadableError
 
 # What an image may claim to be before any of it is decoded: 537 MB as RGB. Far above any camera; a bomb claims more.
 MAX_PIXELS = 178_956_970
+
+# Read by OpenCV, and by Pillow, which tells their size from the header. A format of which only one of them knows is
+# refused: either its size is unknown until it is decoded, or its decoder is one that few have tested.
+FORMATS = tuple(paths.IMAGE_FORMATS)
 
 # Of a damaged image both libraries print lines that do not name the file; ours is one, and does.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -123,7 +128,7 @@ def _open_header(encoded: bytes, name: str) -> Image.Image:
     if not encoded:
         raise UnreadableError(name, 'the file is empty')
     try:
-        header = Image.open(io.BytesIO(encoded), formats=tuple(FORMATS))
+        header = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise UnreadableError(name, _ENORMOUS, 'scale it down or remove it') from error
     except Exception as error:  # Pillow's readers raise what they like on damaged headers

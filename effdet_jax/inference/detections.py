@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from effdet_jax.errors import UserError
+from effdet_jax.inference.images import ImageLike, to_array
 from effdet_jax.records import pictures
 
 
@@ -32,19 +33,23 @@ class Detections:
         wanted = {names} if isinstance(names, str) else set(names)
         return self._where(np.array([name in wanted for name in self.names], bool))
 
-    def draw(self, image: UInt8[np.ndarray, 'H W 3'], *, enlarge: bool = True) -> UInt8[np.ndarray, 'H2 W2 3']:
-        """The RGB image with boxes, names and scores; a small one enlarged, unless `enlarge` is False."""
+    def draw(self, image: ImageLike, *, enlarge: bool = True) -> UInt8[np.ndarray, 'H2 W2 3']:
+        """The image that the detector took, in RGB, with boxes, names and scores.
+
+        A small one is enlarged, unless `enlarge` is False.
+        """
         by_label = dict(zip(self.labels.tolist(), self.names, strict=True))
         names = [by_label.get(label, '') for label in range(max(by_label, default=-1) + 1)]
-        return pictures.draw_boxes(image, self.boxes_xyxy, self.labels, names, self.scores, enlarge=enlarge)
+        return pictures.draw_boxes(to_array(image), self.boxes_xyxy, self.labels, names, self.scores, enlarge=enlarge)
 
-    def crops(self, image: UInt8[np.ndarray, 'H W 3']) -> list[UInt8[np.ndarray, '_ _ 3']]:
-        """The part of the image inside each box, in whole pixels, at least one."""
-        height, width, _ = image.shape
+    def crops(self, image: ImageLike) -> list[UInt8[np.ndarray, '_ _ 3']]:
+        """The part inside each box of the image that the detector took, in whole pixels, at least one."""
+        pixels = to_array(image)
+        height, width, _ = pixels.shape
         limits_4 = np.array([width, height, width, height])
         corners_K4 = np.concatenate([np.floor(self.boxes_xyxy[:, :2]), np.ceil(self.boxes_xyxy[:, 2:])], axis=1)
         corners_K4 = np.clip(corners_K4, 0, limits_4 - [1, 1, 0, 0]).astype(int)
-        return [image[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] for x1, y1, x2, y2 in corners_K4]
+        return [pixels[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] for x1, y1, x2, y2 in corners_K4]
 
     def to_coco(self, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
         """As COCO results: bbox is x, y, width, height; `category_ids` by label (`Detector.category_ids`)."""

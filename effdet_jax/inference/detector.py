@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from effdet_jax import compiling
+from effdet_jax import compiling, paths
 from effdet_jax import config as run_config
 from effdet_jax.detection import anchors, preprocess
 from effdet_jax.detection.postprocess import Detections as NetworkDetections
@@ -18,6 +18,7 @@ from effdet_jax.detection.postprocess import postprocess
 from effdet_jax.errors import UserError
 from effdet_jax.inference import formats, merge, packing
 from effdet_jax.inference.detections import Detections
+from effdet_jax.inference.images import ImageLike, are_several, to_array
 from effdet_jax.model import EfficientDet, Outputs, build_model
 from effdet_jax.model.batch_norm import fold
 from effdet_jax.records import checkpoint
@@ -42,8 +43,8 @@ class Detector:
     """A trained detector, ready to be called on images of any size.
 
     detector = Detector.load('runs/d3')
-    found = detector(image)                   # uint8 [H, W, 3] RGB
-    found = detector([image, another])        # of any sizes: a list
+    found = detector(image)                   # uint8 [H, W, 3] RGB, a PIL image, or the path of a file
+    found = detector([image, another])        # of any sizes and kinds: a list
     found = detector(image, score=0.3)        # compiles nothing again
     """
 
@@ -72,18 +73,19 @@ class Detector:
         With `augmentation`, each view goes through hard NMS, whatever the config says, before they are merged.
 
         Raises:
-          UserError: where the work directory holds no run, or a backbone alone; for augmentation of an export, and an
-            export of raw outputs.
+          UserError: where the work directory holds no run, or a backbone alone; for an address, augmentation of an
+            export, and an export of raw outputs.
         """
-        if Path(workdir).is_file():
-            return _of_export(Path(workdir), batch_size, augmentation)
-        config: Any = run_config.load_detector(Path(workdir))
+        folder = paths.local(workdir)
+        if folder.is_file():
+            return _of_export(folder, batch_size, augmentation)
+        config: Any = run_config.load_detector(folder)
         if not config.dataset.class_names:
             raise UserError(
                 'these weights are a backbone alone: train a detector from them with config.train.init_from'
             )
         model = build_model(config.model, len(config.dataset.class_names))
-        _, variables = checkpoint.load_variables(Path(workdir), config.checkpoint.best)
+        _, variables = checkpoint.load_variables(folder, config.checkpoint.best)
         variables = jax.device_put(fold(variables))
         if augmentation:  # the faded copies that soft NMS leaves would pull down the averages that merging takes
             config.eval.nms = 'hard'
@@ -99,27 +101,35 @@ class Detector:
 
     @overload
     def __call__(
-        self, images: np.ndarray, *, score: float | None = ..., iou: float | None = ..., sigma: float | None = ...
+        self, images: ImageLike, *, score: float | None = ..., iou: float | None = ..., sigma: float | None = ...
     ) -> Detections: ...
     @overload
     def __call__(
-        self, images: list[np.ndarray], *, score: float | None = ..., iou: float | None = ..., sigma: float | None = ...
+        self,
+        images: Iterable[ImageLike],
+        *,
+        score: float | None = ...,
+        iou: float | None = ...,
+        sigma: float | None = ...,
     ) -> list[Detections]: ...
     def __call__(self, images: Any, *, score: Any = None, iou: Any = None, sigma: Any = None) -> Any:
-        """What is found in an RGB image, uint8 [H, W, 3], or in each of a list of them, of any sizes.
+        """What is found in an image, or in each of a list of them, of any sizes.
+
+        An image is an array of NumPy or JAX, uint8 [H, W, 3] in RGB, a PIL image, or the path of a file. The latter two
+        are turned upright by their EXIF orientation, and boxes are those of the upright image.
 
         `score`, `iou` and `sigma` replace the config's thresholds (see `Thresholds`).
 
         Raises:
           UserError: for anything that is no such image, and for a threshold out of range.
         """
-        if isinstance(images, np.ndarray):
-            return next(self.stream([images], score=score, iou=iou, sigma=sigma))
-        return list(self.stream(images, score=score, iou=iou, sigma=sigma))
+        if are_several(images):
+            return list(self.stream(images, score=score, iou=iou, sigma=sigma))
+        return next(self.stream([images], score=score, iou=iou, sigma=sigma))
 
     def stream(
         self,
-        images: Iterable[np.ndarray],
+        images: Iterable[Any],  # ImageLike: what is not is refused in a line
         *,
         score: float | None = None,
         iou: float | None = None,
@@ -128,7 +138,7 @@ class Detector:
         """As a call with a list, one after the other: takes the next images while the device works on those before."""
         thresholds = _chosen(self._thresholds, score=score, iou=iou, sigma=sigma)
         running: Callable[[], list[Detections]] | None = None
-        for batch, places in packing.batches(images, self.batch_size):
+        for batch, places in packing.batches(map(to_array, images), self.batch_size):
             before, running = running, self._start(batch, places, thresholds)
             yield from before() if before else ()
         yield from running() if running else ()

@@ -68,6 +68,9 @@ def buffer_size(pixels: int, places: int) -> int:
 def _check(image: Any) -> None:
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         what = f'{image.dtype} {list(image.shape)}' if hasattr(image, 'dtype') else type(image).__name__
-        raise UserError(f'an image is a NumPy array uint8 [height, width, 3] in RGB, and this is {what}: convert it')
+        raise UserError(
+            f'an image is an array uint8 [height, width, 3] in RGB, a PIL image or a path, and this is {what}: convert '
+            'it, and give several images as a list'
+        )
     if not image.size:
         raise UserError(f'an image of {image.shape[0]} x {image.shape[1]} pixels is empty: leave it out')

@@ -46,6 +46,8 @@ def open_video(path: Path) -> Video:
     Raises:
       UserError: where it holds none whose first frame can be decoded.
     """
+    if not path.is_file():  # of a pipe OpenCV would wait for a writer
+        raise UserError(f'{path}: not a regular file: check the path')
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     readable, frame = capture.read()
     frame_rate, num_frames = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))

@@ -1,7 +1,6 @@
 """Files that are either old or new and never half written, that grow by whole records, that belong to one process."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -10,10 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from effdet_jax import startup
 from effdet_jax.errors import UserError
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
-VIDEO_SUFFIXES = ('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv')
+try:
+    import fcntl
+except ImportError as error:  # commands have said it before, in one line
+    raise ImportError(startup.problem()) from error
+
 MAX_WAITING = 1 << 26  # bytes of records that wait for a disk to take them
 
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from effdet_jax import data, evaluate
 from effdet_jax.data import shapes
@@ -170,6 +171,48 @@ def test_there_is_an_anchor_for_every_prediction():
     assert image_anchors(c).shape == ((8 * 8 + 4 * 4 + 2 * 2 + 1) * 9, 4)
 
 
+def test_what_is_no_array_is_found_as_its_array_is(detector, tmp_path):
+    pixels = shapes.draw(0).image
+    picture = Image.fromarray(pixels)
+    path = tmp_path / 'a picture.png'
+    picture.save(path)
+    images = [pixels, picture, jnp.asarray(pixels), path, str(path), Image.open(path), picture.convert('RGBA')]
+    expected = detector(pixels)
+    for image, together in zip(images, detector(images), strict=True):
+        alone = detector(image)
+        np.testing.assert_array_equal(alone.boxes_xyxy, expected.boxes_xyxy)
+        np.testing.assert_array_equal(alone.scores, expected.scores)
+        np.testing.assert_allclose(together.scores, expected.scores, rtol=1e-4)
+        np.testing.assert_array_equal(alone.draw(image), expected.draw(pixels))
+        assert [crop.shape for crop in alone.crops(image)] == [crop.shape for crop in expected.crops(pixels)]
+    assert len(detector((picture, path))) == len(list(detector.stream([picture, path]))) == 2
+    assert len(detector(image for image in images)) == len(images)
+
+
+@pytest.mark.parametrize(
+    ('image', 'what'),
+    [
+        ('https://host/a.jpg', 'https://host/a.jpg is an address'),
+        ('nowhere.jpg', r'nowhere\.jpg: cannot be read'),
+        (b'\x89PNG', 'an image is .* and this is bytes'),
+        ({'image': BLANK}, 'an image is .* and this is dict'),
+        (None, 'an image is .* and this is NoneType'),
+        ([None], 'an image is .* and this is NoneType'),
+        (
+            BLANK[None],
+            r'and this is uint8 \[1, 8, 8, 3\]: convert it, and give several images as a list',
+        ),
+        (jnp.zeros((8, 8, 3)), r'an image is .* and this is float32 \[8, 8, 3\]'),
+    ],
+    ids=['address', 'missing', 'bytes', 'dict', 'none', 'none in a list', 'batch', 'float'],
+)
+def test_anything_else_is_refused_in_a_line(detector, image, what):
+    with pytest.raises(UserError, match=what):
+        detector(image)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r'config\.json does not exist: give the --workdir of a training run'):
         Detector.load(tmp_path)
+    with pytest.raises(UserError, match='gs://bucket/run is an address'):
+        Detector.load('gs://bucket/run')

@@ -1,0 +1,54 @@
+"""What a detector takes as an image: arrays, PIL images, paths -> arrays in RGB, upright."""
+
+import io
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from effdet_jax import paths
+from effdet_jax.data import decode, read_image
+from effdet_jax.errors import UserError
+
+ImageLike = np.ndarray | jax.Array | Image.Image | str | os.PathLike[str]
+DECODED_AS_PNG = ('LA', 'P', 'RGBA', 'I;16')  # modes that take more than Pillow's `convert`
+
+
+def are_several(images: Any) -> bool:
+    """Whether `images` holds images, rather than being one, or nothing of the kind."""
+    one = isinstance(images, str | bytes | os.PathLike | Image.Image | Mapping) or hasattr(images, '__array__')
+    return isinstance(images, Iterable) and not one
+
+
+def to_array(image: Any) -> Any:
+    """An array of NumPy or JAX, a PIL image or the path of an image file -> NumPy array; of files uint8 [H, W, 3] RGB.
+
+    Photographs are turned upright by their EXIF orientation. Transparency and 16 bits are treated as `data.decode` does
+    it, so a PIL image gives what its file gives. Anything else is returned as it is: `packing.batches` checks it.
+
+    Raises:
+      UserError: for a file that cannot be read, an address, and a PIL image that cannot be converted to RGB.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(paths.local(os.fsdecode(image)))
+    if isinstance(image, Image.Image):
+        return _of_pil(image)
+    return np.asarray(image) if hasattr(image, '__array__') else image
+
+
+def _of_pil(image: Image.Image) -> UInt8[np.ndarray, 'H W 3']:
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in DECODED_AS_PNG or 'transparency' in upright.info:
+            encoded = io.BytesIO()
+            upright.save(encoded, 'PNG', compress_level=0)
+            return decode(encoded.getvalue(), str(image))
+        if upright.mode in ('I', 'F'):
+            raise ValueError(f'mode {upright.mode} has no known range')
+        return np.asarray(upright.convert('RGB'))
+    except Exception as error:  # Pillow raises what it likes on damaged files, which it reads only now
+        raise UserError(f'{image} cannot be used ({error}): convert it to RGB, or replace its file') from error
