@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from effdet_jax import config as run_config
 from effdet_jax import paths, startup
 from effdet_jax.configs import rules
 from effdet_jax.errors import UserError
@@ -25,7 +24,7 @@ VERBOSE = flags.DEFINE_bool('verbose', False, 'say what is compiled and what lib
 
 CONFIGS = startup.CONFIGS.resolve()  # beside the package in a checkout, inside of it where it is installed
 
-# Config keys whose values hold paths, alone or behind `voc:`, `coco:` and `csv:`.
+# Keys of config.dataset that hold paths behind `voc:`, `coco:` and `csv:`.
 SOURCE_KEYS = ('source', 'train_split', 'eval_split')
 
 
@@ -131,7 +130,9 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> Sequence[str]:
         rest = flags.FLAGS(_with_config(list(argv)))
         config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
         if config is not None:
-            run_config.check(config)
+            from effdet_jax.config import check  # only now: on Windows it cannot be imported
+
+            check(config)
         _check_paths(config)
     except UserError as error:
         fail(str(error), 2)

@@ -67,7 +67,7 @@ def find_files(arguments: Sequence[str], out: Path) -> dict[Path, str]:
             left_out.setdefault(reason, []).append(str(match.path))
             continue
         name = match.path.relative_to(match.root).as_posix()
-        if found.setdefault(name, match.path).resolve() != match.path.resolve():
+        if _real(found.setdefault(name, match.path)) != _real(match.path):
             raise UserError(f'{found[name]} and {match.path} would both be written as {name}: give them one at a time')
     notes = [f'{len(files)} left out, {reason}: {_first(files)}' for reason, files in left_out.items()]
     if not found:
@@ -149,19 +149,22 @@ def _search(folder: Path, root: Path) -> Iterator[_Match]:
 
 
 def _reason_to_leave_out(match: _Match, out: Path) -> str:
+    if match.problem:
+        return match.problem
     if _is_result(match.path, out):
         return 'written by an earlier call'
-    if not (match.by_itself or paths.is_image(match.path) or paths.is_video(match.path)):
-        return match.problem or 'no images or videos by their names'
-    return match.problem
+    if match.by_itself or paths.is_image(match.path) or paths.is_video(match.path):
+        return ''
+    return 'no images or videos by their names'
 
 
 def _is_result(path: Path, out: Path) -> bool:
     """Whether a file lies in `out`, however that is spelled or linked, and is called as what this command writes."""
-    real = path.resolve()
-    if not out.exists() or not (ours := next((parent for parent in real.parents if parent.samefile(out)), None)):
+    real = _real(path)
+    folders = real.parents if out.exists() else ()
+    inside = next((real.relative_to(folder) for folder in folders if _is_same(folder, out)), None)
+    if inside is None:
         return False
-    inside = real.relative_to(ours)
     source = Path(inside.stem)  # NAME of NAME.png
     return (
         inside == Path('detections.json')
@@ -169,6 +172,20 @@ def _is_result(path: Path, out: Path) -> bool:
         or (inside.suffix == '.mp4' and paths.is_video(source))
         or (inside.parts[0] == 'crops' and inside.suffix == '.png' and source.suffix[1:].isdecimal())
     )
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:  # a link to what is gone, or closed to us
+        return False
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return path.absolute()
 
 
 def _first(files: Sequence[str]) -> str:

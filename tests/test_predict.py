@@ -300,6 +300,16 @@ def test_links_to_folders_are_followed_and_every_folder_is_searched_once(tmp_pat
     assert set(predict.find_files([f'{tmp_path}/ph*/**/a.png'], OUT).values()) == {'photos/deep/a.png'}
 
 
+def test_links_that_lead_nowhere_are_found_and_fail_when_they_are_read(tmp_path):
+    (tmp_path / 'out').mkdir()
+    for link, target in (('gone.png', '/nowhere/at/all.png'), ('loop.png', 'loop.png'), ('loop', 'loop')):
+        (tmp_path / link).symlink_to(target)
+    found = predict.find_files([str(tmp_path)], tmp_path / 'out')
+    assert set(found.values()) == {'gone.png', 'loop.png'}
+    with pytest.raises(UserError, match=r'nothing could be read; the first: .*gone\.png: cannot be read'):
+        predictor.predict(predictor.Job(two_finds(), tmp_path / 'out', 0.0), found)
+
+
 def test_every_format_that_can_be_read_is_found_and_the_rest_is_named(tmp_path, capsys):
     for suffix in IMAGE_SUFFIXES:
         (tmp_path / f'x{suffix.upper()}').write_bytes(b'')
