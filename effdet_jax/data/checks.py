@@ -57,12 +57,10 @@ KINDS: dict[str, Kind] = {
         'warning', 'image with more objects than are trained', 'the last are left out: raise config.dataset.max_boxes'
     ),
     'dark_image': Kind(
-        'warning', 'deep image in few grey levels', 'nearly black to the network: stretch its values to all 16 bits'
+        'warning', 'nearly black image of more than 8 bits', 'scale its values to all 16 bits, or save it with 8'
     ),
     'turned_image': Kind(
-        'note',
-        'image stored turned',
-        'used upright, as its EXIF data say: its boxes must be drawn on the upright image',
+        'note', 'image that EXIF turns upright', 'used upright: its boxes must refer to the upright image'
     ),
     'image_without_annotations': Kind('note', 'image without an annotation file', 'trains as background'),
     'image_without_objects': Kind('note', 'image without objects', 'trains as background'),

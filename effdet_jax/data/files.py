@@ -111,7 +111,7 @@ class Folder:
             relative = self._relative(spelling)
             if relative is None:
                 rule = ': an absolute path must lie inside it' if _is_absolute(spelling) else ''
-                return Found(str(self._root), 'unsafe_path', f'the file name {name!r} leaves {self._root}{rule}')
+                return Found(str(self._root), 'unsafe_path', f'the file name {name[:80]!r} leaves {self._root}{rule}')
             folder, _, last = relative.rpartition('/')
             where = self._folder(folder)
             same = self._names(where).get(name_key(last), [])

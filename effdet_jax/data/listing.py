@@ -192,10 +192,10 @@ def image_size_of(height: Any, width: Any) -> tuple[int, int]:
 
 def whole_number(value: Any, what: str = 'id') -> int:
     """An int, also of a text or float that is one ('7', 7.0); a ValueError that says `what` is none otherwise."""
-    if isinstance(value, str) and re.fullmatch(r'\s*[+-]?[0-9]{1,4000}\s*', value):
-        return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
+    if isinstance(value, str) and re.fullmatch(r'\s*[+-]?[0-9]{1,4000}\s*', value):
+        return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     raise ValueError(f'its {what}, {shortened(value)}, is no whole number')
@@ -203,12 +203,10 @@ def whole_number(value: Any, what: str = 'id') -> int:
 
 def truth(value: Any, what: str) -> bool:
     """Of a mark such as iscrowd: a bool, 0 or 1, also as text; a ValueError that says `what` is none otherwise."""
-    no, yes = ('', '0', 'false', 'no', 'unspecified'), ('1', 'true', 'yes')
-    marks = dict.fromkeys(no, False) | dict.fromkeys(yes, True)
     mark = f'{value:g}' if isinstance(value, float) else '' if value is None else str(value).strip().lower()
-    if mark not in marks:
+    if mark not in _MARKS:
         raise ValueError(f'its {what}, {shortened(value)}, is neither 0 nor 1')
-    return marks[mark]
+    return _MARKS[mark]
 
 
 def category_ids(names: Sequence[str], id_of: Mapping[str, int]) -> list[int]:
@@ -221,3 +219,6 @@ def shortened(value: Any, limit: int = 80) -> str:
     """As Python writes it, but never a page of it."""
     text = repr(value)
     return text if len(text) <= limit else f'{text[:limit]}...'
+
+
+_MARKS = dict.fromkeys(('', '0', 'false', 'no', 'unspecified'), False) | dict.fromkeys(('1', 'true', 'yes'), True)

@@ -49,10 +49,8 @@ def read_coco(json_file: Path, folder: Path, class_names: Sequence[str] = ()) ->
     for place, annotation in enumerate(content['annotations']):
         kind, image = 'malformed_annotation', ''
         try:
-            image_id, category = (
-                _image_id(annotation['image_id']),
-                whole_number(annotation['category_id'], 'category_id'),
-            )
+            image_id = _image_id(annotation['image_id'])
+            category = whole_number(annotation['category_id'], 'category_id')
             if image_id in lost_ids:
                 continue
             if image_id not in image_of or category not in name_of:

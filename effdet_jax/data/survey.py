@@ -128,7 +128,7 @@ def check_images(
             elif one.orientation > 1 and not (one.orientation >= 5 and size[0] != size[1] and _is_stated(listing, i)):
                 findings.append(Finding('turned_image', file, f'EXIF orientation {one.orientation}', file))
             if one.brightest is not None:
-                detail = f'more than 8 bits, of which it uses {one.brightest + 1} of 256 grey levels'
+                detail = f'its brightest pixel is {one.brightest} of 255'
                 findings.append(Finding('dark_image', file, detail, file, values={'brightest': one.brightest}))
     return findings, dataclasses.replace(listing, sizes=sizes_I2), digests
 
