@@ -16,7 +16,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from effdet_jax import paths, startup
-from effdet_jax.configs import rules
 from effdet_jax.errors import UserError
 
 QUIET = flags.DEFINE_bool('quiet', False, 'say nothing but results, warnings and errors')
@@ -130,7 +129,7 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> Sequence[str]:
         rest = flags.FLAGS(_with_config(list(argv)))
         config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
         if config is not None:
-            from effdet_jax.config import check  # only now: on Windows it cannot be imported
+            from effdet_jax.config import check  # only now: where nothing can run, `problem` says why
 
             check(config)
         _check_paths(config)
@@ -151,9 +150,11 @@ def _reason(error: Exception) -> str:
     if error.args and isinstance(error.args[0], Exception):  # ml_collections wraps what it raises
         error = error.args[0]
     reason = str(error.args[0] if isinstance(error, KeyError) else error).strip()
+    from effdet_jax.configs.rules import RULES  # only now, as in `_parse`
+
     wrong = re.match(r'flag --config\.([\w.]+)=(.*?): ', reason, re.DOTALL)
-    if wrong and wrong[1] in rules.RULES:  # a text that cannot be read as the type of its key
-        return f'config.{wrong[1]}={wrong[2]!r}{rules.RULES[wrong[1]].advice}'
+    if wrong and wrong[1] in RULES:  # a text that cannot be read as the type of its key
+        return f'config.{wrong[1]}={wrong[2]!r}{RULES[wrong[1]].advice}'
     return 'bad flags: ' + (reason.splitlines()[-1] if 'Traceback' in reason else reason)
 
 

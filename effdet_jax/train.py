@@ -275,7 +275,7 @@ def remember_classes(config: Any, source: data.Source, category_ids: Sequence[in
 
 def start_from(workdir: Path, fresh: Variables, config: Any) -> Variables:
     """`fresh` with the best weights of another run; prints what was loaded, and what it was used to see."""
-    their_config = run_config.load(workdir)
+    their_config: Any = run_config.load(workdir)
     step, weights = load_variables(workdir, their_config.checkpoint.best)
     for key, theirs, ours in run_config.differences(their_config, config, MEANING_OF_WEIGHTS):
         say(f'note: {workdir} was trained with {key}={theirs}, this run has {ours}')
