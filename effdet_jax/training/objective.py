@@ -107,7 +107,7 @@ def make_losses(config: Any, anchors_N4: Any) -> Callable[..., Losses]:
             penalty_BN = losses.iou_loss(
                 outputs.box_regressions, targets.regressions, jnp.asarray(anchors_N4), iou_kind
             )
-            metrics['iou_loss'] = summed(penalty_BN) / normalizer
+            metrics['iou_loss'] = summed(penalty_BN) / (4 * normalizer)  # as the official one: 4 for its coordinates
             of_box += iou_weight * metrics['iou_loss']
         return Losses(class_loss, of_box, metrics)
 
