@@ -2,6 +2,7 @@ import jax
 import pytest
 
 from effdet_jax import compiling
+from effdet_jax.records import metrics
 from effdet_jax.training.step import compile_step
 
 FASTER_MATH = 'xla_cpu_enable_fast_math'
@@ -44,6 +45,31 @@ def test_jit_and_once_ask_for_what_their_tables_say(monkeypatch):
     compiling.jit(abs)
     assert compiling.once(abs, -1) == 1
     assert asked == tables
+
+
+def test_on_a_gpu_training_asks_for_the_same_bits_in_every_run(monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    lowered = Lowered()
+    compile_step(lowered)
+    assert lowered.options == {'xla_gpu_exclude_nondeterministic_ops': True}
+
+
+def test_where_an_operation_cannot_repeat_its_bits_training_says_so_and_goes_on(monkeypatch):
+    class OnlyRandom(Lowered):
+        def compile(self, options=None):
+            if options.get('xla_gpu_exclude_nondeterministic_ops'):
+                raise jax.errors.JaxRuntimeError(
+                    'UNIMPLEMENTED: HLO instruction select-and-scatter.401.0 does not have a deterministic '
+                    'implementation, but run-to-run determinism is required.'
+                )
+            return super().compile(options)
+
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    lowered = OnlyRandom()
+    with metrics.console.capture() as printed:
+        compile_step(lowered, {'another': 1})
+    assert lowered.options == {'another': 1}
+    assert 'steps will not repeat exactly' in ' '.join(printed.get().split())
 
 
 def test_an_option_of_a_caller_is_not_left_out():

@@ -18,6 +18,7 @@ from effdet_jax import compiling, startup
 from effdet_jax.detection import assignment
 from effdet_jax.model import EfficientDet
 from effdet_jax.model.batch_norm import BatchNorm
+from effdet_jax.records.metrics import warn
 from effdet_jax.training import augment, parallel
 from effdet_jax.training.objective import Examples, Metrics, make_objective
 from effdet_jax.training.optimizer import is_kernel, make_optimizer, path_matches, squared_norm
@@ -62,7 +63,14 @@ class MappedStep:
 
 def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, Any] = MappingProxyType({})) -> jax.stages.Compiled:
     """With the options that are best for a training step on this platform, and with these."""
-    return lowered.compile({**compiling.options(compiling.TRAINING), **options} or None)
+    options = {**compiling.options(compiling.TRAINING), **options}
+    try:
+        return lowered.compile(options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if 'deterministic implementation' not in str(error):  # XLA's words for an operation that has none, on GPU
+            raise
+        warn('an operation of this network rounds otherwise in every run on this device: steps will not repeat exactly')
+        return lowered.compile({name: value for name, value in options.items() if 'nondeterministic' not in name})
 
 
 def map_train_step(
