@@ -84,6 +84,7 @@ def _official(name: str, dataset: str) -> Any:
                 **DATASETS[dataset],
                 class_names=(),  # empty: taken from the data
                 category_ids=(),  # of the classes in COCO results; empty: taken from the data
+                fingerprint='',  # of other training data that a run may continue with; its error message names it
                 max_boxes=100,  # per image, in training
                 max_unreadable=0.01,  # share of the images that may be unreadable before the run stops
                 threads=2,  # that decode and resize, per host

@@ -178,6 +178,7 @@ RULES: dict[str, Rule] = {
         ': give every class a whole number of its own, as (1, 2), or () for those of the data',
         lambda value: is_tuple(value, is_whole) and len({*value}) == len(value),
     ),
+    'dataset.fingerprint': TEXT,
     'dataset.max_boxes': whole(1),
     'dataset.max_unreadable': number(0, 1),
     'dataset.threads': whole(0),

@@ -14,8 +14,17 @@ from effdet_jax.records.files import write_atomically
 # May differ when a run continues: none of these changes what is learned.
 FREE_KEYS = (
     'log.', 'checkpoint.', 'eval.', 'dataset.threads', 'dataset.prefetch', 'dataset.cache_gb',
-    'dataset.max_unreadable', 'train.max_skipped',
+    'dataset.max_unreadable', 'dataset.fingerprint', 'train.max_skipped',
 )  # fmt: skip
+
+# May differ too, but the user is told what the change means. What was learned so far stays valid.
+TOLD_KEYS = {
+    'train.epochs': 'from here on the learning rate follows the new schedule',
+    'dataset.source': 'the training images must be the same',
+    'dataset.train_split': 'the training images must be the same',
+    'dataset.eval_split': 'evaluations from here on do not compare with earlier ones if the images are others',
+    'dataset.category_ids': 'results are written with these numbers',
+}
 
 # What a checkpoint means: these must agree to use it at all.
 NETWORK_KEYS = ('model.', 'image.', 'dataset.class_names')
@@ -92,7 +101,7 @@ def save(config: ConfigDict, workdir: Path) -> None:
     write_atomically(workdir / 'config.json', (json.dumps(to_json(config), indent=2) + '\n').encode())
 
 
-def load(workdir: Path) -> ConfigDict:
+def load(workdir: Path) -> Any:  # a ConfigDict, whose keys no type checker knows
     """The config that a work directory was trained with.
 
     Raises:
@@ -146,13 +155,24 @@ def refuse_another(config: ConfigDict, workdir: Path, only: tuple[str, ...] = ('
     different = [
         f'{key}: {theirs!r} there, {ours!r} now'
         for key, theirs, ours in differences(load(workdir), config, only)
-        if not key.startswith(FREE_KEYS)
+        if not key.startswith(FREE_KEYS) and key not in TOLD_KEYS
     ]
     if different:
         raise UserError(
             f'{workdir} belongs to a run with another config ({"; ".join(different)}): choose another --workdir, or '
             'leave --config away to use its own'
         )
+
+
+def changes_to_tell(config: ConfigDict, workdir: Path) -> list[str]:
+    """A line for each key of `TOLD_KEYS` that differs from the work directory's config; none without a run there."""
+    if not (workdir / 'config.json').exists():
+        return []
+    return [
+        f'config.{key} changes from {theirs!r} to {ours!r}: {TOLD_KEYS[key]}'
+        for key, theirs, ours in differences(load(workdir), config)
+        if key in TOLD_KEYS
+    ]
 
 
 def differences(a: ConfigDict, b: ConfigDict, only: tuple[str, ...] = ('',)) -> Iterator[tuple[str, Any, Any]]:

@@ -1,21 +1,76 @@
 """A detector over a whole data set: every image once, on any number of devices and hosts -> COCO and VOC numbers."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from effdet_jax import data
+from effdet_jax import config as run_config
+from effdet_jax import data, inspection
 from effdet_jax.errors import UnreadableError
 from effdet_jax.evaluation import Detections, GroundTruth, coco_metrics, voc_metrics
-from effdet_jax.inference.detector import to_original
+from effdet_jax.inference.detector import make_detect, to_original
+from effdet_jax.model import build_model
 from effdet_jax.records import pictures
-from effdet_jax.records.metrics import table, track, warn
+from effdet_jax.records.checkpoint import load_variables
+from effdet_jax.records.metrics import say, table, track, warn
 from effdet_jax.training import parallel
 
 SUMMARY = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'VOC07_AP50', 'VOC_AP50')
 
-Found = dict[int, tuple[data.Annotations, Detections]]  # by index into the source
+
+class Evaluated(NamedTuple):
+    """What was found in one image. error: why it could not be read, '' where it could."""
+
+    annotations: data.Annotations
+    detections: Detections
+    error: str = ''
+
+
+Found = dict[int, Evaluated]  # by index into the source
+
+
+class BestEvaluation(NamedTuple):
+    """The step of the best checkpoint, the evaluation split, and what was found in it."""
+
+    step: int
+    source: data.Source
+    metrics: dict[str, float]
+    found: Found
+
+
+def evaluate_best(config: Any, workdir: Path) -> dict[str, float]:
+    """The metrics of `best_evaluation`."""
+    return best_evaluation(config, workdir).metrics
+
+
+def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
+    """Evaluates the best checkpoint of `workdir` on the config's evaluation split.
+
+    The training data are not opened: the run's own config knows the classes.
+
+    Raises:
+      UserError: where the work directory holds no run of this config.
+    """
+    run_config.check(config)
+    step, variables = load_variables(workdir, config.checkpoint.best)
+    d = config.dataset
+    source = data.open_source(d.source, d.eval_split, d.class_names or run_config.load(workdir).dataset.class_names)
+    remember_classes(config, source, d.category_ids)
+    run_config.refuse_another(config, workdir, only=run_config.NETWORK_KEYS)
+    inspection.check_sources(config, {'eval': source})
+    say(f'evaluating {workdir}, step {step}, on {len(source)} images')
+    detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
+    metrics, found = make_evaluate(config, source, detect)(parallel.replicate(variables))
+    return BestEvaluation(step, source, metrics, found)
+
+
+def remember_classes(config: Any, source: data.Source, category_ids: Sequence[int]) -> None:
+    """Fills in what the config left to the data, so that `config.json` alone says what a label means."""
+    with config.unlocked():
+        config.dataset.class_names = source.class_names
+        config.dataset.category_ids = tuple(category_ids) or source.category_ids
 
 
 def make_evaluate(
@@ -43,25 +98,22 @@ def make_evaluate(
             prefetch=prefetch,
         )  # fmt: skip
         mine: Found = {}
-        errors: list[str] = []
         for batch in track(batches, num_batches, 'evaluating'):
             arrays = parallel.shard({'image': batch.image, 'valid_size': batch.valid_size})
             found = parallel.unshard(detect(variables, arrays['image'], arrays['valid_size']))
             boxes_xyxy, scores, labels = to_original(found, batch.image_scale)
-            errors += filter(None, batch.errors)
             for i, annotations in enumerate(batch.annotations):  # padding comes last and has none
                 used = (labels[i] >= 0) & (batch.errors[i] == '')
                 detections = Detections(boxes_xyxy[i][used], scores[i][used], labels[i][used])
-                mine[int(batch.index[i])] = annotations, detections
-        parts = parallel.gather_objects((mine, errors))
-        errors = [error for _, part in parts for error in part]
+                mine[int(batch.index[i])] = Evaluated(annotations, detections, batch.errors[i])
+        everything = {index: image for part in parallel.gather_objects(mine) for index, image in part.items()}
+        found = dict(sorted(everything.items()))
+        errors = [image.error for image in found.values() if image.error]
         for error in errors:
             warn(f'counted as an image in which nothing is found: {error}')
         data.check_unreadable(errors, len(source), max_unreadable)
-        everything = {index: pair for part, _ in parts for index, pair in part.items()}
-        found = dict(sorted(everything.items()))
-        truths = [to_ground_truth_xyxy(annotations) for annotations, _ in found.values()]
-        detections = [d for _, d in found.values()]
+        truths = [to_ground_truth_xyxy(image.annotations) for image in found.values()]
+        detections = [image.detections for image in found.values()]
         metrics = coco_metrics(truths, detections, names) | voc_metrics(truths, detections, names)
         return metrics | {'images_unreadable': float(len(errors))}, found
 
@@ -77,16 +129,16 @@ def to_ground_truth_xyxy(annotations: data.Annotations) -> GroundTruth:
 def draw(source: data.Source, found: Found, count: int) -> dict[str, np.ndarray]:
     """Detections beside ground truth for the first `count` images that can be read, {image name: RGB}."""
     drawn = {}
-    for index, (annotations, detections) in found.items():
+    for index, image in found.items():
         if len(drawn) == count:
             break
         try:
             pixels = data.load(source, index)[0]
         except UnreadableError:
             continue
-        truth = to_ground_truth_xyxy(annotations)
+        truth, detected = to_ground_truth_xyxy(image.annotations), image.detections
         drawn[f'{index:06d}'] = pictures.detections_beside_truth(
-            pixels, truth.boxes_xyxy, truth.labels, detections.boxes_xyxy, detections.labels, detections.scores,
+            pixels, truth.boxes_xyxy, truth.labels, detected.boxes_xyxy, detected.labels, detected.scores,
             source.class_names,
         )  # fmt: skip
     return drawn

@@ -125,13 +125,13 @@ def inspect_sources(
     return Inspection(findings, sources, listings, _classes(listings), fit)
 
 
-def check_before_training(config: Any, train: data.CheckableSource, evaluation: data.CheckableSource) -> None:
-    """The part of the check that reads no image, with a summary of a few lines.
+def check_sources(config: Any, sources: dict[str, data.CheckableSource]) -> None:
+    """The part of the check that reads no image, with a summary of a few lines; of {'train': ..., 'eval': ...} or one.
 
     Raises:
       UserError: where nothing could be learned or measured: no object in a split that could be.
     """
-    found = inspect_sources(config, {'train': train, 'eval': evaluation}, {split: [] for split in SPLITS}, most=SAMPLE)
+    found = inspect_sources(config, sources, {split: [] for split in SPLITS}, most=SAMPLE)
     for line in summary(found):
         answer(f'data: {line}')
     fatal = [f for findings in found.findings.values() for f in findings if f.kind == 'no_objects']
@@ -153,8 +153,9 @@ def summary(found: Inspection) -> list[str]:
     lines = []
     for name, kind in KINDS.items():
         for split, of_split in found.of_kind(name).items():
-            few = name == 'unmatched_object' and len(of_split) < WORTH_SAYING * len(found.listings[split].labels)
-            if of_split and kind.severity != 'note' and not few:
+            if not of_split or kind.severity == 'note':
+                continue
+            if name != 'unmatched_object' or len(of_split) >= WORTH_SAYING * len(found.listings[split].labels):
                 places = first_few(_places(of_split), 3)
                 lines.append(f'{kind.severity}: {split}: {len(of_split):,} x {kind.what}: {places}: {kind.advice}')
     return lines

@@ -38,11 +38,11 @@ def main(arguments: Sequence[str]) -> None:
     workdir = WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS['config']))
     if not WORKDIR.value:
         say(f'work directory: {workdir} (--workdir=DIR names another)')
-    from effdet_jax import train  # after the flags: --help must not wait for jax
+    from effdet_jax import evaluate, train  # after the flags: --help must not wait for jax
     from effdet_jax.training import parallel
 
     parallel.start_hosts(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    run = {'train': train.train_and_evaluate, 'eval': train.evaluate_best}[MODE.value]
+    run = {'train': train.train_and_evaluate, 'eval': evaluate.evaluate_best}[MODE.value]
     with parallel.failing_together():
         metrics = run(CONFIG.value, workdir)
     if metrics:  # a run that was told to stop has none

@@ -23,13 +23,13 @@ def main(arguments: Sequence[str]) -> None:
     workdir = WORKDIR.value
     assert workdir  # required
     config = CONFIG.value or run_config.load(workdir)  # the latter says what is wrong with the work directory
-    from effdet_jax import reporting, train  # after the flags: --help must not wait for jax
+    from effdet_jax import evaluate, reporting  # after the flags: --help must not wait for jax
     from effdet_jax.records.metrics import answer
     from effdet_jax.training import parallel
 
     parallel.start_hosts()
     out = OUT.value or workdir / reporting.FILE
-    best = train.best_evaluation(config, workdir)
+    best = evaluate.best_evaluation(config, workdir)
     if parallel.is_first_host():
         reporting.write_report(config, workdir, out, best.source, best.step, best.metrics, best.found)
         answer(f'AP {best.metrics["AP"]:.3f}  AP50 {best.metrics["AP50"]:.3f}  {out}')

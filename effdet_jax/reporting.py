@@ -14,6 +14,7 @@ from effdet_jax import config as run_config
 from effdet_jax import data
 from effdet_jax.configs import default
 from effdet_jax.configs.scaling import SCALES
+from effdet_jax.errors import UnreadableError
 from effdet_jax.evaluate import Found, to_ground_truth_xyxy
 from effdet_jax.evaluation import Detections, GroundTruth, analysis, coco_by_size
 from effdet_jax.evaluation.matching import Kind, Matches, match
@@ -40,8 +41,8 @@ def write_report(
         source, metrics, found: the evaluation split and `evaluate.make_evaluate`'s results on it, of weights at `step`.
     """
     names = source.class_names
-    truths = [to_ground_truth_xyxy(annotations) for annotations, _ in found.values()]
-    detections = [d for _, d in found.values()]
+    truths = [to_ground_truth_xyxy(image.annotations) for image in found.values()]
+    detections = [image.detections for image in found.values()]
     matches = match(truths, detections, len(names))
     is_hit_N = matches.kinds == Kind.HIT
     best = analysis.best_f1(matches.scores, is_hit_N, len(matches.object_labels))
@@ -63,6 +64,7 @@ def write_report(
         'names': names,
         'calibration': _calibration(matches, best.score),
         'images': _images(source, found, matches, best.score),
+        'unreadable': [image.error for image in found.values() if image.error],
         'machine': _machine(workdir, config),
     }  # fmt: skip
     write_atomically(out, report.render(content).encode())
@@ -216,9 +218,13 @@ def _images(source: data.Source, found: Found, matches: Matches, min_score: floa
 
 
 def _pictures(source: data.Source, index: int, found: Found, min_score: float) -> dict[str, Any]:
-    annotations, detections = found[index]
-    image = source[index].image
-    pixels = data.decode(image, annotations.file_name) if isinstance(image, bytes) else image
+    """`truth` and `detections` as pictures, or the `error` for which there are none."""
+    annotations, detections, error = found[index]
+    name = Path(annotations.file_name).name or str(annotations.image_id)
+    try:
+        pixels, _ = data.load(source, index)
+    except UnreadableError as reason:  # it may have been readable when it was evaluated
+        return {'name': name, 'error': error or str(reason)}
     factor = min(PICTURE_SIDE / max(pixels.shape[:2]), 1.0)
     if factor < 1:
         pixels = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
@@ -226,8 +232,10 @@ def _pictures(source: data.Source, index: int, found: Found, min_score: float) -
     left = _draw(pixels, truth, source.class_names, factor)
     shown = Detections(detections.boxes_xyxy[shown_N], detections.scores[shown_N], detections.labels[shown_N])
     right = _draw(pixels, shown, source.class_names, factor)
-    name = Path(annotations.file_name).name or str(annotations.image_id)
-    return {'name': name, 'truth': left, 'detections': right, 'objects': len(truth.labels), 'found': int(shown_N.sum())}
+    return {
+        'name': name, 'error': '', 'truth': left, 'detections': right, 'objects': len(truth.labels),
+        'found': int(shown_N.sum()),
+    }  # fmt: skip
 
 
 def _draw(pixels: np.ndarray, boxes: GroundTruth | Detections, names: Sequence[str], factor: float) -> str:

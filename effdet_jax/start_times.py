@@ -71,9 +71,9 @@ def _start_here(folder: Path, compiles: bool, over: Callable[[str], None]) -> No
     config = run_config.load(folder)
     over('config')
     run = train.build(config, folder / 'run')
-    over('data, weights, optimizer')
-    state, batch = parallel.replicate(run.fresh_state), parallel.shard(next(run.batches))
-    over('state onto the devices, first batch')
+    over('data, optimizer')
+    state, batch = parallel.replicate(run.initial_state()), parallel.shard(next(run.batches))
+    over('weights, state onto the devices, first batch')
     frozen = run.thaw_step > 0
 
     def lower() -> jax.stages.Lowered:

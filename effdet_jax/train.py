@@ -3,30 +3,30 @@
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from effdet_jax import config as run_config
 from effdet_jax import data, evaluate, inspection, startup
 from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import build_model
-from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints, load_variables
+from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints
 from effdet_jax.records.files import only_process
-from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, answer, read_metrics, say, table
+from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, answer, read_metrics, say
 from effdet_jax.records.sessions import record_session
 from effdet_jax.records.wandb_run import WandbRun, import_wandb
 from effdet_jax.training import incidents, parallel
-from effdet_jax.training.optimizer import path_matches, thaw_step
+from effdet_jax.training.optimizer import check_freeze, thaw_step
 from effdet_jax.training.preemption import notices
-from effdet_jax.training.state import TrainState, Variables, init_state, init_variables
+from effdet_jax.training.state import TrainState, arrays_like, init_state, init_variables, state_shapes
 from effdet_jax.training.step import map_train_step
-from effdet_jax.training.transfer import transfer
+from effdet_jax.training.transfer import check_start, start_from
+from effdet_jax.weights.names import shapes_of
 
 HEADLINE = ('AP', 'AP50', 'AP75')
 
@@ -103,9 +103,6 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     return metrics or run.last_evaluation()
 
 
-# Weights expect these as they were in their training; a run that starts from them may still choose others.
-MEANING_OF_WEIGHTS = ('model.anchors.', 'image.mean', 'image.std', 'image.padding')
-
 # Columns of TensorBoard's HPARAMS tab.
 COMPARED = ('train/loss', *(f'eval/{name}' for name in HEADLINE))
 
@@ -119,11 +116,13 @@ class Run:
     name: str
     config: dict[str, Any]
     workdir: Path
-    train_source: data.Source
     eval_source: data.Source
+    training_data: dict[str, Any]  # fingerprint, number of images: kept in checkpoints, beside the position
+    accepted_data: str  # fingerprint of other data that the run may continue with
     batches: Iterator[dict[str, np.ndarray]]
     unreadable: data.Unreadable
-    fresh_state: TrainState
+    state_like: TrainState  # NumPy arrays of its shapes and types, which take no memory
+    initial_state: Callable[[], TrainState]
     train_step: Callable
     evaluate: Callable
     total_steps: int
@@ -143,7 +142,7 @@ class Run:
 
     def save(self, step: int, state: TrainState, scores: dict[str, float] | None) -> None:
         if self.checkpoints:
-            position = self.batches.get_state()  # type: ignore[attr-defined]  # Grain's iterators have one
+            position = self.batches.get_state() | self.training_data  # type: ignore[attr-defined]  # of Grain
             self.checkpoints.save(step, parallel.first_replica(state), position, self.config, scores)
 
     def open_mirror(self) -> WandbRun | None:
@@ -163,7 +162,7 @@ class Run:
 
 
 def build(config: Any, workdir: Path) -> Run:
-    """From a config to a run: opens the data, makes the state. Writes nothing.
+    """From a config to a run: opens the data, checks all that can be checked. Writes nothing.
 
     Raises:
       UserError: as `train_and_evaluate`.
@@ -176,8 +175,10 @@ def build(config: Any, workdir: Path) -> Run:
     run_config.check(config)
     c = run_config.Recorded(config)
     train_source, eval_source = open_sources(c)
-    remember_classes(config, eval_source, c.dataset.category_ids)
+    evaluate.remember_classes(config, eval_source, c.dataset.category_ids)
     run_config.refuse_another(config, workdir)
+    for line in run_config.changes_to_tell(config, workdir):
+        say(f'note: {line}')
     model = build_model(c.model, len(train_source.class_names), parallel.AXIS)
     anchors_N4 = image_anchors(c)
 
@@ -187,7 +188,7 @@ def build(config: Any, workdir: Path) -> Run:
     total_steps = max(int(t.epochs * steps_per_epoch), 1)
     train_step, optimizer = map_train_step(c, model, anchors_N4, steps_per_epoch, total_steps)
     thaws_at = thaw_step(c, steps_per_epoch)
-    inspection.check_before_training(c, train_source, eval_source)
+    inspection.check_sources(c, {'train': train_source, 'eval': eval_source})
     host, num_hosts = parallel.host()
     batches = iter(
         data.train_batches(
@@ -202,11 +203,16 @@ def build(config: Any, workdir: Path) -> Run:
     detect = parallel.map_devices(make_detect(c, model))
     evaluate_all = evaluate.make_evaluate(c, eval_source, detect)
 
-    variables, init_from = init_variables(model, c.seed), t.init_from
-    _check_freeze(t.freeze, variables)
+    seed, init_from, ema_decay, attacked = c.seed, t.init_from, t.ema_decay, c.adversarial.weight > 0
+    check_freeze(t.freeze, shapes := shapes_of(model))
     if init_from and not has_checkpoints(workdir):
-        variables = start_from(Path(init_from), variables, config)
-    state = init_state(variables, optimizer, t.ema_decay, c.adversarial.weight > 0)
+        check_start(Path(init_from), shapes)
+
+    def initial_state() -> TrainState:
+        variables = init_variables(model, seed)
+        if init_from:
+            variables = start_from(Path(init_from), variables, config)
+        return init_state(variables, optimizer, ema_decay, attacked)
 
     def every(epochs: float) -> set[int]:
         interval = max(round(epochs * steps_per_epoch), 1)
@@ -219,12 +225,15 @@ def build(config: Any, workdir: Path) -> Run:
     if wandb := c.log.wandb:
         import_wandb(wandb)  # now: to miss it later would waste the user's time
     watch = incidents.make_watch(train_source, workdir, t.max_skipped)
+    training_data = {'fingerprint': data.fingerprint(train_source), 'images': len(train_source)}
+    accepted_data = c.dataset.fingerprint
     run_config.refuse_unread(c)
 
     return Run(
-        name, run_config.to_json(config), workdir, train_source, eval_source, batches, unreadable, state, train_step,
-        evaluate_all, total_steps, t.batch_size, thaws_at, log_interval, evaluation_steps, save_steps, num_pictures,
-        watch, keep, best, wandb,
+        name, run_config.to_json(config), workdir, eval_source, training_data, accepted_data, batches, unreadable,
+        arrays_like(state_shapes(model, optimizer, ema_decay, attacked)), initial_state, train_step, evaluate_all,
+        total_steps, t.batch_size, thaws_at, log_interval, evaluation_steps, save_steps, num_pictures, watch, keep,
+        best, wandb,
     )  # fmt: skip
 
 
@@ -233,30 +242,63 @@ def resumed(run: Run, config: Any) -> Iterator[TrainState]:
     """Takes the work directory; gives the replicated state that it stands at. Waits in the end for the last checkpoint.
 
     Raises:
-      UserError: where another process has it, it cannot be written, or it holds another state.
+      UserError: where another process has it, it cannot be written, or what it holds does not continue as this run.
     """
     with contextlib.ExitStack() as exits:
-        restored = None
         if parallel.is_first_host():
             exits.enter_context(only_process(run.workdir))
-            try:
-                run_config.save(config, run.workdir)
-            except OSError as error:
-                raise UserError(
-                    f'{run.workdir} cannot be written ({error.strerror}): make room, or choose another --workdir'
-                ) from error
             run.checkpoints = exits.enter_context(
                 contextlib.closing(Checkpoints(run.workdir, keep=run.keep, best=run.best))
             )
-            restored = run.checkpoints.restore_latest(jax.tree.map(np.asarray, run.fresh_state))
-        state, place = run.fresh_state, (restored[0], restored[1].data_position) if restored else None
-        if place := parallel.gather_objects(place)[0]:
-            run.first_step, position = place
-            state = parallel.from_first_host(restored and restored[1].state, state)
-            run.batches.set_state(position)  # type: ignore[attr-defined]
-            say(f'continuing {run.workdir} from step {run.first_step} of {run.total_steps}')
-        yield parallel.replicate(state)
+        yield parallel.replicate(_first_state(run, config))  # no name here: it would stay in memory during the run
     parallel.meet('saved')  # nobody leaves before the last checkpoint is written
+
+
+def _first_state(run: Run, config: Any) -> TrainState:
+    """The state of the newest checkpoint, or the initial one. Saves the config, once it is clear that it fits."""
+    place = state = None
+    if run.checkpoints and (restored := run.checkpoints.restore_latest(run.state_like)):
+        step, (state, position) = restored
+        _check_position(run, step, {name: position.pop(name) for name in run.training_data if name in position})
+        place = step, position
+    place = parallel.gather_objects(place)[0]
+    if run.checkpoints:
+        try:
+            run_config.save(config, run.workdir)
+        except OSError as error:
+            raise UserError(
+                f'{run.workdir} cannot be written ({error.strerror}): make room, or choose another --workdir'
+            ) from error
+    if not place:
+        return run.initial_state()
+    run.first_step, position = place
+    run.batches.set_state(position)  # type: ignore[attr-defined]
+    say(f'continuing {run.workdir} from step {run.first_step} of {run.total_steps}')
+    return parallel.from_first_host(state, run.state_like)
+
+
+def _check_position(run: Run, step: int, saved: dict[str, Any]) -> None:
+    """Whether a run at `step` may continue with its data and epochs; `saved`: its `training_data` at that time.
+
+    Raises:
+      UserError: where it has done more steps than there are, or the data are others than the user knows of.
+    """
+    if step > run.total_steps:
+        raise UserError(
+            f'{run.workdir} has done {step} steps, and with this config there are {run.total_steps}: raise '
+            'config.train.epochs, or evaluate it with --mode=eval'
+        )
+    fingerprint = run.training_data['fingerprint']
+    if saved.get('fingerprint', fingerprint) == fingerprint:  # checkpoints of earlier versions have none
+        return
+    before, now = saved['images'], run.training_data['images']
+    images = f'{before} images then, {now} now' if before != now else f'{now} images, but other files, boxes or labels'
+    if run.accepted_data != fingerprint:
+        raise UserError(
+            f'the training data of {run.workdir} have changed since step {step} ({images}): put the old data back, or '
+            f'continue with the new ones by --config.dataset.fingerprint={fingerprint}'
+        )
+    say(f'note: the training data have changed since step {step} ({images})')
 
 
 def open_sources(config: Any) -> tuple[data.CheckableSource, data.CheckableSource]:
@@ -264,65 +306,6 @@ def open_sources(config: Any) -> tuple[data.CheckableSource, data.CheckableSourc
     d = config.dataset
     train_source = data.open_source(d.source, d.train_split, d.class_names)
     return train_source, data.open_source(d.source, d.eval_split, train_source.class_names)
-
-
-def remember_classes(config: Any, source: data.Source, category_ids: Sequence[int]) -> None:
-    """Fills in what the config left to the data, so that `config.json` alone says what a label means."""
-    with config.unlocked():
-        config.dataset.class_names = source.class_names
-        config.dataset.category_ids = tuple(category_ids) or source.category_ids
-
-
-def start_from(workdir: Path, fresh: Variables, config: Any) -> Variables:
-    """`fresh` with the best weights of another run; prints what was loaded, and what it was used to see."""
-    their_config: Any = run_config.load(workdir)
-    step, weights = load_variables(workdir, their_config.checkpoint.best)
-    for key, theirs, ours in run_config.differences(their_config, config, MEANING_OF_WEIGHTS):
-        say(f'note: {workdir} was trained with {key}={theirs}, this run has {ours}')
-    variables, rows = transfer(fresh, weights)
-    title = f'starting from {workdir}, step {step}'
-    say(table(('part', 'loaded', 're-initialised', 'skipped'), rows, title))
-    return variables
-
-
-def _check_freeze(pattern: str, variables: Variables) -> None:
-    paths = traverse_util.flatten_dict(variables['params'])
-    if pattern and not any(path_matches(pattern, path) for path in paths):
-        raise UserError(
-            f'config.train.freeze={pattern!r} matches no parameter: paths look like {"/".join(next(iter(paths)))}'
-        )
-
-
-def evaluate_best(config: Any, workdir: Path) -> dict[str, float]:
-    """The metrics of `best_evaluation`."""
-    return best_evaluation(config, workdir).metrics
-
-
-class BestEvaluation(NamedTuple):
-    """The step of the best checkpoint, the evaluation split, and what was found in it."""
-
-    step: int
-    source: data.Source
-    metrics: dict[str, float]
-    found: evaluate.Found
-
-
-def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
-    """Evaluates the best checkpoint of `workdir` on the config's evaluation split.
-
-    Raises:
-      UserError: where the work directory holds no run of this config.
-    """
-    run_config.check(config)
-    train_source, source = open_sources(config)
-    inspection.check_before_training(config, train_source, source)
-    remember_classes(config, source, config.dataset.category_ids)
-    run_config.refuse_another(config, workdir, only=run_config.NETWORK_KEYS)
-    step, variables = load_variables(workdir, config.checkpoint.best)
-    say(f'evaluating {workdir}, step {step}, on {len(source)} images')
-    detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
-    metrics, found = evaluate.make_evaluate(config, source, detect)(parallel.replicate(variables))
-    return BestEvaluation(step, source, metrics, found)
 
 
 def report(metrics: dict[str, float], workdir: Path) -> None:

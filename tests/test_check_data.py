@@ -237,7 +237,7 @@ def test_a_training_starts_with_a_summary(csv_files):
     train = csv_files('train', 'a.png,5,5,35,25,cat', 'a.png,9,9,9,20,cat', 'b.png,5,5,35,25,dog')
     c = config(train, eval_split=csv_files('eval', 'c.png,5,5,35,25,cat', 'c.png,5,9,35,25,dog'))
     with metrics.console.capture() as printed:
-        inspection.check_before_training(c, *open_sources(c))
+        inspection.check_sources(c, dict(zip(('train', 'eval'), open_sources(c), strict=True)))
     assert printed.get().splitlines() == [
         'data: warning: train: 1 x box without area: a.png: dropped in training: remove or redraw it',
         'data: 0 errors and 1 warning; to see all: python -m effdet_jax.check_data --config=FILE',
@@ -256,4 +256,4 @@ def test_a_training_that_could_learn_nothing_does_not_start(csv_files, rows):
     c.dataset.class_names = ('cat',)
     c.dataset.eval_split = csv_files('eval', 'c.png,5,5,35,25,cat')
     with pytest.raises(UserError, match=r'all 2 images: \d objects?, of which none can be learned: .*check_data'):
-        inspection.check_before_training(c, *open_sources(c))
+        inspection.check_sources(c, dict(zip(('train', 'eval'), open_sources(c), strict=True)))

@@ -261,7 +261,7 @@ def test_a_folder_without_a_run_and_a_damaged_config_are_named(tmp_path):
 @pytest.mark.parametrize(
     ('key', 'value', 'message'),
     [
-        ('train.epochs', 3.0, r'train\.epochs: 2\.0 there, 3\.0 now'),
+        ('train.batch_size', 8, r'train\.batch_size: 4 there, 8 now'),
         ('image.size', (64, 96), r'image\.size: \[64, 64\] there, \[64, 96\] now'),
         ('train.unfreeze_epoch', None, r'train\.unfreeze_epoch: 1\.0 there, None now'),
     ],
@@ -280,3 +280,15 @@ def test_a_run_goes_on_where_only_what_it_shows_and_keeps_has_changed(tmp_path):
     c = tiny.config()
     c.log.every_steps, c.eval.every_epochs, c.checkpoint.keep, c.dataset.threads = 50, 0.5, 9, 4
     run_config.refuse_another(c, tmp_path)
+
+
+def test_keys_that_change_what_comes_are_told_and_not_refused(tmp_path):
+    assert run_config.changes_to_tell(tiny.config(), tmp_path) == []
+    run_config.save(tiny.config(), tmp_path)
+    c = tiny.config()
+    c.train.epochs, c.dataset.train_split, c.eval.every_epochs = 3.0, '0:20', 0.5
+    run_config.refuse_another(c, tmp_path)
+    assert run_config.changes_to_tell(c, tmp_path) == [
+        "config.dataset.train_split changes from '0:16' to '0:20': the training images must be the same",
+        'config.train.epochs changes from 2.0 to 3.0: from here on the learning rate follows the new schedule',
+    ]

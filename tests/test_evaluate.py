@@ -64,7 +64,8 @@ def test_the_ground_truth_scores_one(source, config, detect):
     assert list(found) == list(range(NUM_IMAGES))
     for name in ('AP', 'AP50', 'AP75', 'AR100', 'VOC07_AP50', 'VOC_AP50'):
         assert numbers[name] == pytest.approx(1, abs=1e-6), name
-    for index, (annotations, detections) in found.items():
+    for index, (annotations, detections, error) in found.items():
+        assert error == ''
         np.testing.assert_array_equal(annotations.labels, source.annotations(index).labels)
         np.testing.assert_allclose(detections.boxes_xyxy, annotations.boxes_yxyx[:, [1, 0, 3, 2]], atol=1e-3)
 
@@ -89,7 +90,7 @@ def test_two_hosts_count_every_image_once_between_them(source, config, detect, m
         monkeypatch.setattr(parallel, 'host', lambda host=host: (host, 2))
         monkeypatch.setattr(parallel, 'gather_objects', lambda part: parts.append(part) or [part])
         evaluate.make_evaluate(config, source, detect)(None)
-    assert sorted([*parts[0][0], *parts[1][0]]) == list(range(NUM_IMAGES))
+    assert sorted([*parts[0], *parts[1]]) == list(range(NUM_IMAGES))
 
     monkeypatch.setattr(parallel, 'gather_objects', lambda part: parts)
     numbers, found = evaluate.make_evaluate(config, source, detect)(None)
@@ -135,7 +136,8 @@ def test_an_image_that_cannot_be_read_counts_as_one_in_which_nothing_is_found(so
         numbers, found = evaluate.make_evaluate(config, source, finds_something_everywhere)(None)
     assert '1.jpg: damaged' in printed.get() and printed.get().count('\n') >= 1
     assert (sound['images_unreadable'], numbers['images_unreadable']) == (0, 1)
-    assert len(found) == NUM_IMAGES and len(found[1][1].labels) == 0 < len(found[1][0].labels)
+    assert len(found) == NUM_IMAGES and found[1].error.startswith('1.jpg: damaged')
+    assert len(found[1].detections.labels) == 0 < len(found[1].annotations.labels)
     assert numbers['AR100'] < sound['AR100']
     assert list(evaluate.draw(source, found, 2)) == ['000000', '000002']
     config.dataset.max_unreadable = 0.09

@@ -16,7 +16,8 @@ import pytest
 import tiny
 
 from effdet_jax import config, reporting
-from effdet_jax.evaluate import to_ground_truth_xyxy
+from effdet_jax.errors import UnreadableError
+from effdet_jax.evaluate import Evaluated, to_ground_truth_xyxy
 from effdet_jax.evaluation import Detections, coco_metrics, voc_metrics
 from effdet_jax.records import metrics as run_metrics
 
@@ -101,8 +102,9 @@ def evaluated(workdir, source, scores=0.9, take=slice(None)):
     for index in range(len(source)):
         a = source.annotations(index)
         boxes = a.boxes_yxyx[take][:, [1, 0, 3, 2]]
-        found[index] = a, Detections(boxes, np.full(len(boxes), scores, np.float32), a.labels[take])
-    pairs = [to_ground_truth_xyxy(a) for a, _ in found.values()], [d for _, d in found.values()], source.class_names
+        found[index] = Evaluated(a, Detections(boxes, np.full(len(boxes), scores, np.float32), a.labels[take]))
+    truths = [to_ground_truth_xyxy(image.annotations) for image in found.values()]
+    pairs = truths, [image.detections for image in found.values()], source.class_names
     return run, coco_metrics(*pairs) | voc_metrics(*pairs), found
 
 
@@ -128,6 +130,28 @@ def test_names_of_classes_are_text(finished_run, tmp_path):
     page = (tmp_path / 'r.html').read_text(encoding='utf-8')
     assert '<script>alert' not in page
     assert {'<script>alert(1)</script>', '&amp;', '日本'} <= {text.strip() for text in Reader(page).text}
+
+
+def test_images_that_cannot_be_read_are_named_and_the_report_is_written(finished_run, tmp_path):
+    """One that could not be read when it was evaluated, and one that has been damaged since."""
+
+    class Source(tiny.ManySizes):
+        def __getitem__(self, index):
+            if index in (1, 2):
+                raise UnreadableError(f'photos/{index}.jpg', 'it ends too early')
+            return super().__getitem__(index)
+
+    source = tiny.ManySizes(5)
+    run, numbers, found = evaluated(finished_run[0], source)
+    nothing = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    found[1] = Evaluated(found[1].annotations, nothing, 'photos/1.jpg: it ends too early: replace or remove the file')
+    reporting.write_report(run, tmp_path, tmp_path / 'r.html', Source(5), 1, numbers, found)
+    reader = Reader((tmp_path / 'r.html').read_text(encoding='utf-8'))
+    text = ' '.join(' '.join(reader.text).split())
+    assert '1 of 5 images could not be read.' in text
+    assert text.count('photos/1.jpg: it ends too early') == 2  # in the list, and in the place of its pictures
+    assert text.count('photos/2.jpg: it ends too early') == 1
+    assert len(reader.images) == 2 * 3
 
 
 def test_a_report_that_fails_is_a_line_and_leaves_nothing(finished_run, tmp_path):

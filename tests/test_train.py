@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from effdet_jax import config as run_config
-from effdet_jax import data, train
+from effdet_jax import data, evaluate, train
 from effdet_jax.data.shapes import CLASS_NAMES
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model
@@ -20,6 +20,7 @@ from effdet_jax.records.checkpoint import Checkpoints, load_variables
 from effdet_jax.records.metrics import MetricsLog, read_metrics
 from effdet_jax.training.optimizer import make_optimizer
 from effdet_jax.training.state import init_state, init_variables
+from effdet_jax.training.transfer import start_from
 
 pytestmark = pytest.mark.usefixtures('depthwise_by_xla')
 TRAIN = {
@@ -208,20 +209,20 @@ def test_evaluating_it_gives_the_metrics_of_its_best_checkpoint(finished_run):
     workdir, _, _ = finished_run
     rows = {row['step']: row for row in read_metrics(workdir / 'metrics.jsonl') if 'eval/AP' in row}
     best = rows[max(rows, key=lambda step: rows[step]['eval/AP'])]
-    numbers = train.evaluate_best(tiny.config(), workdir)
+    numbers = evaluate.evaluate_best(tiny.config(), workdir)
     np.testing.assert_equal({f'eval/{name}': value for name, value in numbers.items()} | {'step': best['step']}, best)
 
 
 def test_evaluating_what_is_not_there_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match='holds no checkpoints'):
-        train.evaluate_best(tiny.config(), tmp_path / 'nowhere')
+        evaluate.evaluate_best(tiny.config(), tmp_path / 'nowhere')
     assert not (tmp_path / 'nowhere').exists()
 
 
 def test_starting_from_its_weights_takes_all_of_them_and_says_so(finished_run, fresh):
     workdir, _, _ = finished_run
     with metrics.console.capture() as printed:
-        variables = train.start_from(workdir, fresh.variables, tiny.config())
+        variables = start_from(workdir, fresh.variables, tiny.config())
     step, expected = load_variables(workdir, 'eval/AP')
     assert_same(variables, expected)
     assert f'starting from {workdir}, step {step}' in printed.get()

@@ -12,9 +12,8 @@ from effdet_jax import startup
 from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet
 from effdet_jax.training import parallel
-from effdet_jax.training.state import TrainState, init_state
+from effdet_jax.training.state import TrainState, state_shapes
 from effdet_jax.training.step import MappedStep, compile_step, map_train_step
-from effdet_jax.weights.names import shapes_of
 
 HostBatch = dict[str, np.ndarray]
 
@@ -84,10 +83,7 @@ def seconds_per_step(compiled: jax.stages.Compiled, state: TrainState, batch: Ho
 def plan_step(config: Any, model: EfficientDet, anchors: Float[np.ndarray, 'N 4'], frozen: bool) -> PlannedStep:
     """Traces, compiles and allocates nothing. `frozen`: while `config.train.freeze` holds."""
     mapped, optimizer = map_train_step(config, model, anchors, 1000, 1000)  # no shape depends on the schedule
-    variables = shapes_of(model)
-    state = jax.eval_shape(
-        lambda fresh: init_state(fresh, optimizer, config.train.ema_decay, config.adversarial.weight > 0), variables
-    )
+    state = state_shapes(model, optimizer, config.train.ema_decay, config.adversarial.weight > 0)
     return PlannedStep(mapped, state, frozen)
 
 

@@ -14,6 +14,15 @@ from jaxtyping import Array, Float
 REFERENCE_BATCH = 64  # official learning rates are stated for this batch size
 
 
+def check_freeze(pattern: str, variables: Any) -> None:
+    """Raises UserError where the regex of config.train.freeze matches no parameter."""
+    paths = traverse_util.flatten_dict(variables['params'])
+    if pattern and not any(path_matches(pattern, path) for path in paths):
+        raise UserError(
+            f'config.train.freeze={pattern!r} matches no parameter: paths look like {"/".join(next(iter(paths)))}'
+        )
+
+
 def path_matches(pattern: str, path: Sequence[Any]) -> bool:
     """Whether `pattern`, a regex, matches the parameter path 'backbone/stem/conv/kernel' from its start."""
     return bool(pattern) and re.match(pattern, '/'.join(path)) is not None

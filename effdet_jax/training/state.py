@@ -5,12 +5,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
 from effdet_jax import compiling
 from effdet_jax.records.deployed import deployed
 from effdet_jax.training.adversarial import with_auxiliary
+from effdet_jax.weights.names import shapes_of
 
 Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}
 
@@ -50,6 +52,18 @@ def init_state(
         return ema, optimizer.init(variables['params'])
 
     return TrainState(jnp.zeros((), jnp.int32), variables, *rest(variables))
+
+
+def state_shapes(
+    model: nn.Module, optimizer: optax.GradientTransformation, ema_decay: float, attacked: bool = False
+) -> TrainState:
+    """The shapes and types of what `init_state` makes. Computes and allocates nothing."""
+    return jax.eval_shape(lambda fresh: init_state(fresh, optimizer, ema_decay, attacked), shapes_of(model))
+
+
+def arrays_like(shapes: Any) -> Any:
+    """NumPy arrays of these shapes and types, for what takes arrays as its pattern: a single zero each in memory."""
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
 
 
 BATCH_STATS_DECAY = 0.99  # the "momentum" of batch norm

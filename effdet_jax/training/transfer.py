@@ -1,17 +1,41 @@
 """Starting from the weights of another run: what fits is taken, and the rest is accounted for."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 
+from effdet_jax import config as run_config
 from effdet_jax.errors import UserError
+from effdet_jax.records.checkpoint import load_variables
+from effdet_jax.records.metrics import say, table
 from effdet_jax.training.state import Variables
 
 MAY_DIFFER = ('params', 'class_net', 'predict')  # the one part that depends on the number of classes
 
+# Weights expect these as they were in their training; a run that starts from them may still choose others.
+MEANING_OF_WEIGHTS = ('model.anchors.', 'image.mean', 'image.std', 'image.padding')
+
 Row = tuple[str, int, int, int]  # part, parameters loaded, re-initialised, skipped
+
+
+def check_start(workdir: Path, shapes: Variables) -> None:
+    """Raises UserError where `start_from` would: now, before anything is written, and without keeping the weights."""
+    transfer(shapes, load_variables(workdir, run_config.load(workdir).checkpoint.best)[1])
+
+
+def start_from(workdir: Path, fresh: Variables, config: Any) -> Variables:
+    """`fresh` with the best weights of another run; prints what was loaded, and what it was used to see."""
+    their_config = run_config.load(workdir)
+    step, weights = load_variables(workdir, their_config.checkpoint.best)
+    for key, theirs, ours in run_config.differences(their_config, config, MEANING_OF_WEIGHTS):
+        say(f'note: {workdir} was trained with {key}={theirs}, this run has {ours}')
+    variables, rows = transfer(fresh, weights)
+    title = f'starting from {workdir}, step {step}'
+    say(table(('part', 'loaded', 're-initialised', 'skipped'), rows, title))
+    return variables
 
 
 def transfer(fresh: Variables, source: Variables) -> tuple[Variables, list[Row]]:

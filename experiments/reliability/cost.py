@@ -49,7 +49,7 @@ def take_steps(either: Callable) -> Callable[[], Any]:
     """A function that takes one more step of a run of its own, waits for it and returns its metrics."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(step, 'either', either):
         run = train.build(quickstart.get_config(), Path(folder))
-        state, batch = parallel.replicate(run.fresh_state), parallel.shard(next(run.batches))
+        state, batch = parallel.replicate(run.initial_state()), parallel.shard(next(run.batches))
 
         def take() -> Any:
             nonlocal state

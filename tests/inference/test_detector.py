@@ -38,7 +38,7 @@ def test_it_finds_what_evaluation_finds(detector, finished_run):
     detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
     variables = parallel.replicate(load_variables(finished_run[0], 'eval/AP')[1])
     _, found = evaluate.make_evaluate(config, source, detect)(variables)
-    for index, (_, expected) in found.items():
+    for index, (_, expected, _) in found.items():
         detections = detector(source[index].image)
         assert len(detections) == config.eval.max_detections
         np.testing.assert_allclose(detections.scores, expected.scores, rtol=1e-4)

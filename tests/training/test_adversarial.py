@@ -305,7 +305,7 @@ def test_only_the_main_norms_leave_the_training(runs):
 
     c = config()
     c.train.init_from = str(runs[0])
-    fresh = train.build(c, runs[0].parent / 'next').fresh_state
+    fresh = train.build(c, runs[0].parent / 'next').initial_state()
     assert_same(fresh.best_variables, variables)
     for main, aux in layers_of(fresh.variables).values():
         assert_same(main, aux)
