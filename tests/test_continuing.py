@@ -17,6 +17,7 @@ import tiny
 
 from effdet_jax import config as run_config
 from effdet_jax import data, evaluate, train
+from effdet_jax.configs import rules
 from effdet_jax.data.shapes import CLASS_NAMES, draw
 from effdet_jax.errors import UserError
 from effdet_jax.records import metrics
@@ -38,6 +39,7 @@ def toy_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, 'build_model', build)
         patch.setattr(evaluate, 'build_model', build)
+        patch.setitem(rules.RULES, 'model.max_level', rules.whole(3))  # the only level that this network has
         yield
 
 

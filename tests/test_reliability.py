@@ -23,6 +23,7 @@ import tiny
 from full_disk import full_disk
 
 from effdet_jax import data, train
+from effdet_jax.configs import rules
 from effdet_jax.data.sources import Shapes
 from effdet_jax.detection import preprocess
 from effdet_jax.errors import UserError
@@ -53,6 +54,7 @@ def use_toy_network(patch):
         return tiny.toy(num_classes, axis_name)
 
     patch.setattr(train, 'build_model', build)
+    patch.setitem(rules.RULES, 'model.max_level', rules.whole(3))  # the only level that this network has
 
 
 @pytest.fixture(autouse=True)

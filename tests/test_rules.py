@@ -122,7 +122,10 @@ TUPLES = {
     'schedule.step_epochs': (((), (0,), (200.0, 250.0)), ((-1.0,), ('200',), (None,))),
 }
 
-TEXTS = ('name', 'dataset.source', 'dataset.train_split', 'dataset.eval_split', 'train.init_from', 'log.wandb')
+TEXTS = (
+    'name', 'dataset.source', 'dataset.train_split', 'dataset.eval_split', 'dataset.fingerprint', 'train.init_from',
+    'log.wandb',
+)  # fmt: skip
 
 # {key: the names that the code knows}
 NAMES = {

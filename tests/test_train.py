@@ -254,7 +254,7 @@ def test_the_report_names_the_classes_and_the_files(finished_run):
         ({'model.backbone': 'b9'}, r"config\.model\.backbone='b9' is unknown"),
         ({'optimizer.name': 'lion'}, r"config\.optimizer\.name='lion' is unknown"),
         ({'train.freeze': 'stem'}, r"config\.train\.freeze='stem' matches no parameter: paths look like \w+/"),
-        ({'train.init_from': '/nowhere'}, r'/nowhere/config\.json does not exist: give the --workdir of a training run'),
+        ({'train.init_from': '/nowhere'}, r'/nowhere/config\.json does not exist: give the --workdir'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
 )
