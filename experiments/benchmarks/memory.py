@@ -1,52 +1,118 @@
-r"""Memory of training steps on a CPU as `plan` predicts it, beside what the process really takes.
+r"""Memory of training steps as `plan` predicts it, beside what they really take.
 
     python -m experiments.benchmarks.memory --config=configs/d0.py --config.image.size='(256, 256)' \
         --config.train.batch_size=8
 
-One setting in one process, since memory that an earlier one has freed would hide what the next one needs. Linux only.
-Counted: how far the peak of the resident set (VmHWM of /proc/self/status, reset when everything is compiled) rises
-above the resident set with the state in place, and the size of that state; so state, batches, activations, and
+One setting in one process, since memory that an earlier one has freed would hide what the next one needs.
+
+On a CPU (Linux): how far the peak of the resident set (VmHWM of /proc/self/status, reset when everything is compiled)
+rises above the resident set with the state in place, and the size of that state; so state, batches, activations, and
 whatever the allocators add. Not counted: Python, libraries, the compiler and the programs, which were there before.
+Elsewhere: the peak of the device's allocator.
+
+With --largest it goes on to the largest batch that should fit, by the line through this batch and its double, and runs
+a step of that.
 """
 
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import jax
+from absl import flags
 from ml_collections import config_flags
 
 from effdet_jax import cli, measuring
 from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
-from effdet_jax.records.metrics import say, table
+from effdet_jax.planner import device_memory, line_through, parse_bytes
+from effdet_jax.records.files import write_atomically
+from effdet_jax.records.metrics import answer, say, table
 from effdet_jax.training import footprint, parallel
 from effdet_jax.training.step import compile_step
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'FILE', lock_config=True)
+LARGEST = flags.DEFINE_bool('largest', False, 'find the largest batch that fits, and run it')
+LIMIT = flags.DEFINE_string('memory', '', 'of a device, for --largest, e.g. 16GiB; default: what this one has')
+OUT = flags.DEFINE_string('out', '', 'JSON file for everything measured')
 NUM_CLASSES, OBJECTS = 90, 8
+MIB = 2**20
+
+Row = dict[str, Any]
 
 
 def main(_) -> None:
-    config = CONFIG.value
+    config, report = CONFIG.value, {'device': parallel.describe_devices(), 'jax': jax.__version__, 'rows': []}
+    say(f'{report["device"]}, jax {jax.__version__}, Python {sys.version.split()[0]}\n')
+
+    def keep(row: Row) -> None:
+        report['rows'].append(row)
+        if OUT.value:
+            write_atomically(Path(OUT.value), (json.dumps(report, indent=1) + '\n').encode())
+
+    try:
+        keep(measure(config, batch := config.train.batch_size))
+        if LARGEST.value:
+            double = predict(config, 2 * batch)
+            limit = parse_bytes(LIMIT.value) if LIMIT.value else device_memory()[0]
+            predicted = {row['batch']: float(row['predicted']) for row in (*report['rows'], double)}
+            largest = line_through(predicted).largest(limit, config.train.accumulate)
+            report |= {'limit': limit, 'largest': largest}
+            keep(double)
+            if largest > batch:
+                keep(measure(config, largest))
+    finally:
+        answer('\n' + summary(config, report) + '\n')
+
+
+def predict(config: Any, batch: int) -> Row:
+    """{'batch', 'predicted': bytes}."""
+    step, arrays = _step(config), _arrays(config, batch)
+    return {'batch': batch, 'predicted': step.memory(arrays, footprint.compile_layout(step.lower(arrays))).total}
+
+
+def measure(config: Any, batch: int) -> Row:
+    """{'batch', 'predicted': bytes, 'measured': bytes, 'seconds': of a step}."""
+    step, arrays = _step(config), _arrays(config, batch)
+    compiled = compile_step(step.lower(arrays))
+    predicted = step.memory(arrays, compiled).total
+    state, on_cpu = step.random_state(), jax.default_backend() == 'cpu'
+    before = 0
+    if on_cpu:
+        measuring.settle()
+        before = measuring.resident_bytes() - footprint.tree_bytes(step.state)
+    seconds = footprint.seconds_per_step(compiled, state, arrays)
+    measured = measuring.peak_bytes() - before if on_cpu else jax.local_devices()[0].memory_stats()['peak_bytes_in_use']
+    return {'batch': batch, 'predicted': predicted, 'measured': measured, 'seconds': seconds}
+
+
+def _step(config: Any) -> footprint.PlannedStep:
     model = build_model(config.model, NUM_CLASSES, parallel.AXIS)
-    step = footprint.plan_step(config, model, image_anchors(config), frozen=False)
-    batch = footprint.random_batch(config, config.train.batch_size, NUM_CLASSES, OBJECTS)
-    compiled = compile_step(step.lower(batch))
-    predicted = step.memory(batch, compiled).total
-    state, state_bytes = step.random_state(), footprint.tree_bytes(step.state)
-    measuring.settle()
-    before = measuring.resident_bytes() - state_bytes
-    seconds = footprint.seconds_per_step(compiled, state, batch)
-    measured = measuring.peak_bytes() - before
-    c = config
-    setting = (
-        f'{c.name} {c.image.size[0]}x{c.image.size[1]}, batch {c.train.batch_size}',
-        c.model.remat,
-        c.train.accumulate,
-    )
+    return footprint.plan_step(config, model, image_anchors(config), frozen=False)
+
+
+def _arrays(config: Any, batch: int) -> footprint.HostBatch:
+    return footprint.random_batch(config, batch, NUM_CLASSES, OBJECTS)
+
+
+def summary(config: Any, report: dict[str, Any]) -> str:
+    """A Markdown table."""
+    c, rows = config, []
+    for row in report['rows']:
+        setting = f'{c.name} {c.image.size[0]}x{c.image.size[1]}, {c.model.dtype}, batch {row["batch"]}'
+        predicted, measured = row['predicted'], row.get('measured')
+        rows.append(
+            (setting, str(c.model.remat), str(c.train.accumulate), round(predicted / MIB),
+             measured and round(measured / MIB), measured and predicted / measured,
+             f'{row["seconds"]:.2f}' if measured else '-')
+        )  # fmt: skip
     header = ('setting', 'remat', 'accumulate', 'predicted MiB', 'measured MiB', 'predicted / measured', 's for a step')
-    row = *map(str, setting), round(predicted / 2**20), round(measured / 2**20), predicted / measured, f'{seconds:.2f}'
-    say(f'{parallel.describe_devices()}, jax {jax.__version__}, Python {sys.version.split()[0]}\n')
-    say(table(header, [row]))
+    title = f'Memory of a training step, {report["device"]}\n'
+    text = table(header, rows, title) if rows else title
+    if 'largest' in report:
+        text += f'\n\nLargest batch that should fit into {report["limit"] / MIB:,.0f} MiB: {report["largest"]}'
+    return text
 
 
 if __name__ == '__main__':

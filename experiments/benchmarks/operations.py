@@ -74,7 +74,8 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f'--case={CASE.value}: only inference is taken apart')
     with tempfile.TemporaryDirectory() as folder:
         with stage('weights and inputs'):
-            _run(peer_systems.__name__, 'prepare', str(case), folder, 'cpu')
+            for step in peer_systems.PREPARATIONS:
+                _run(peer_systems.__name__, step, str(case), folder, 'cpu')
         found = {}
         for system in SYSTEMS:
             for cores in (1, os.cpu_count() or 1):

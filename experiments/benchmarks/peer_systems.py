@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.peer_systems SYSTEM CASE FOLDER DEVICE
 
-speaks JSON lines over stdin and stdout with `peers`, which starts it. `prepare` in place of a system writes what all
-systems share into FOLDER: weights that PyTorch has drawn, inputs, the ONNX file.
+speaks JSON lines over stdin and stdout with `peers`, which starts it. In place of a system, `prepare` writes what all
+systems share into FOLDER, weights that PyTorch has drawn and inputs, and `export` the ONNX file.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from effdet_jax import measuring, startup
 
 CLASSES, OBJECTS = 90, 8  # as COCO: classes, objects of a training image
 PHOTO = 480, 640  # height, width of what goes from image to boxes
+COMPARED_IMAGES = 1  # of a batch: the outputs of 64 are gigabytes
 FRESH_CALLS = 3  # before anything counts; the first one compiles
 WEIGHTS, INPUTS, ONNX = 'weights.safetensors', 'inputs.npz', 'model.onnx'
 
@@ -58,10 +59,10 @@ def parse_case(text: str) -> Case:
 
 def main(system: str, case: str, folder: str, device: str) -> None:
     parsed = parse_case(case)
-    if system == 'prepare':
-        prepare(parsed, Path(folder), device)
+    if system in PREPARATIONS:
+        PREPARATIONS[system](parsed, Path(folder), device)
         return
-    if system in ('ours', 'boxes'):
+    if SYSTEMS[system].build in (build_ours, build_our_boxes):
         startup.prepare()  # as every command of ours does
     with answers() as answer:
         start = perf_counter()
@@ -105,12 +106,26 @@ def prepare(case: Case, folder: Path, device: str) -> None:
     torch.manual_seed(0)
     model = effdet_model(case)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((case.batch, case.size, case.size, 3), np.float32)
-    batch = random_batch(our_config(case, device), case.batch, CLASSES, OBJECTS)
-    np.savez(folder / INPUTS, images=images, **batch)
-    if case.what == 'infer' and device == 'cpu':
-        torch.onnx.export(model.eval(), (torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),), folder / ONNX)
+    if case.what == 'train':
+        inputs = random_batch(our_config(case, device), case.batch, CLASSES, OBJECTS)
+    else:
+        shape = (case.batch, case.size, case.size, 3)
+        inputs = {'images': np.random.default_rng(0).standard_normal(shape, np.float32)}
+    np.savez(folder / INPUTS, **inputs)
+
+
+def export(case: Case, folder: Path, device: str) -> None:
+    """What `prepare` made, as an ONNX file."""
+    import torch
+    from safetensors.torch import load_file
+
+    model = effdet_model(case)
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    images = torch.from_numpy(np.load(folder / INPUTS)['images'].transpose(0, 3, 1, 2).copy())
+    torch.onnx.export(model.eval(), (images,), folder / ONNX)
+
+
+PREPARATIONS = {'prepare': prepare, 'export': export}
 
 
 # --- ours ---
@@ -192,7 +207,7 @@ def _our_network(config: Any, model: Any, variables: Any, inputs: dict[str, np.n
     images = jax.device_put(inputs['images'])
 
     def outputs(found: Any) -> dict[str, np.ndarray]:
-        return {'class_logits': np.asarray(found.class_logits), 'box_regressions': np.asarray(found.box_regressions)}
+        return {name: np.asarray(getattr(found, name)[:COMPARED_IMAGES]) for name in found._fields}
 
     return lambda: network(variables, images), outputs
 
@@ -209,7 +224,7 @@ def _our_step(config: Any, model: Any, variables: Any, inputs: dict[str, np.ndar
     steps = 10**6  # of an epoch: the rate stays that of the warm-up's beginning
     step, optimizer = map_train_step(config, model, image_anchors(config), steps, steps)
     state = parallel.replicate(jax.device_get(init_state(variables, optimizer, config.train.ema_decay)))
-    batch = parallel.shard({name: array for name, array in inputs.items() if name != 'images'})
+    batch = parallel.shard(inputs)
 
     def call() -> Any:
         nonlocal state
@@ -299,7 +314,8 @@ def _level_outputs(found: Any) -> dict[str, np.ndarray]:
     """[B, A * K, H, W] of each level -> [B, N, K], in the order of the anchors, as ours."""
 
     def join(levels: Any, values: int) -> np.ndarray:
-        arrays = [np.asarray(x.float().cpu() if hasattr(x, 'cpu') else x) for x in levels]
+        first = [x[:COMPARED_IMAGES] for x in levels]
+        arrays = [np.asarray(x.float().cpu() if hasattr(x, 'cpu') else x) for x in first]
         return np.concatenate([x.transpose(0, 2, 3, 1).reshape(len(x), -1, values) for x in arrays], axis=1)
 
     class_levels, box_levels = found
@@ -404,8 +420,10 @@ class System(NamedTuple):
     what: tuple[str, ...]
     devices: tuple[str, ...]
     build: Callable[[Case, Path, str], Work]
+    xla_flags: str = ''
 
 
+DETERMINISTIC = '--xla_gpu_deterministic_ops=true'  # XLA then neither uses atomics nor tries which kernel is fastest
 BOTH, ANYWHERE = ('infer', 'train'), ('cpu', 'cuda')
 SYSTEMS = {
     'ours': System('ours', BOTH, ANYWHERE, build_ours),
@@ -414,6 +432,7 @@ SYSTEMS = {
     'channels_last': System('effdet eager, channels-last', BOTH, ANYWHERE, build_effdet(True, False)),
     'compile': System('effdet torch.compile, channels-last', BOTH, ANYWHERE, build_effdet(True, True)),
     'onnx': System('effdet in ONNX Runtime', ('infer',), ('cpu',), build_onnx),
+    'deterministic': System('ours, deterministic operations', ('train',), ANYWHERE, build_ours, DETERMINISTIC),
 }
 
 if __name__ == '__main__':
