@@ -146,7 +146,7 @@ def runs(tmp_path):
         state = {'params': {'a': np.zeros(3, np.float32), 'b': np.array([value], np.float32)}}
         ocp.PyTreeCheckpointer().save((tmp_path / name / 'checkpoints/2/state').absolute(), state)
         lines = [json.dumps({'step': step, 'train/loss': loss}) for step, loss in enumerate(losses, start=1)]
-        (tmp_path / name / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
+        (tmp_path / name / 'metrics.jsonl').write_text(''.join(f'{line}\n' for line in lines))
         return tmp_path / name
 
     return write
