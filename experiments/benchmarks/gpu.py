@@ -29,6 +29,7 @@ from effdet_jax.records.metrics import table
 
 LOG = 'gpu.log'
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'opencv-python-headless', 'torch', 'timm', 'effdet')
+TINY_XLA_FLAGS = '--xla_backend_optimization_level=0'  # compiles in a third of the time
 LAST_LINES = 5  # of a part that failed
 NEAR_END = 0.8  # of a part's time: then it should finish by itself
 
@@ -92,6 +93,7 @@ def main(out: str, parts: str, tiny: bool, limit: float) -> None:
     chosen = parts.split(',')
     if unknown := [name for name in chosen if name not in NAMES]:
         sys.exit(f'error: --parts={",".join(unknown)}: choose of {", ".join(NAMES)}')
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part ends with this process
     folder, machine = Path(out), describe_machine()
     failed = run_parts([part for part in PARTS if part.name in chosen], folder, machine, limit, tiny)
     print((folder / 'gpu.md').read_text())
@@ -120,14 +122,14 @@ def run_part(part: Part, out: Path, seconds: float, tiny: bool) -> tuple[dict[st
     """(how it ended, what it printed: its tables). Ended with all that it started where it takes longer."""
     arguments = [*part.command, *(part.tiny if tiny else ()), f'--out={out / part.name}.json']
     command = [sys.executable, '-m', *(text.replace('{limit}', f'{NEAR_END * seconds:.0f}') for text in arguments)]
-    flags_of_xla = f'{os.environ.get("XLA_FLAGS", "")} {part.xla_flags}'.strip()
+    flags_of_xla = ' '.join([os.environ.get('XLA_FLAGS', ''), part.xla_flags, TINY_XLA_FLAGS if tiny else '']).strip()
     environment = os.environ | {'XLA_FLAGS': flags_of_xla, 'JAX_PLATFORMS': 'cpu' if tiny else 'cuda,cpu'}
     start, too_late = perf_counter(), threading.Event()
     with (out / LOG).open('a') as log:
         log.write(f'\n=== {part.name}: {" ".join(command)}\n')
         log.flush()
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, process_group=0
         )
 
         def end() -> None:
