@@ -50,13 +50,13 @@ DEPTHWISE, RESUME = 'experiments.benchmarks.depthwise', 'experiments.reliability
 ON_CPU = ('--device=cpu', '--rounds=2', '--seconds=0.2')
 PARTS = (
     Part(
-        'train', 'D0 512: a training step of 64 images, beside effdet', 210,
+        'train', 'D0 512: a training step of 64 images, beside effdet', 190,
         (*PEERS, '--device=cuda', '--case=train:d0:512:64', '--systems=compile,deterministic', '--rounds=8',
          '--limit={limit}'),
         (*ON_CPU, '--case=train:lite0:64:2'),
     ),
     Part(
-        'infer', 'D0 512: inference of 1 and of 64 images, beside effdet', 150,
+        'infer', 'D0 512: inference of 1 and of 64 images, beside effdet', 120,
         (*PEERS, '--device=cuda', '--case=infer:d0:512:1,infer:d0:512:64', '--systems=boxes,compile', '--rounds=5',
          '--limit={limit}'),
         (*ON_CPU, '--case=infer:lite0:64:1'),
@@ -73,7 +73,7 @@ PARTS = (
         ('--networks=lite0:64:1', '--dtype=float32', '--limit=20'),
     ),
     Part(
-        'resume', 'Killed and continued: the same bits?', 60,
+        'resume', 'Killed and continued: the same bits?', 110,
         (RESUME, '--device=cuda', '--at_once=8', '--limit={limit}'),
         ('--device=cpu', '--toy', '--at_once=2'),
     ),
