@@ -53,7 +53,7 @@ PARTS = (
         'train', 'D0 512: a training step of 64 images, beside effdet', 190,
         (*PEERS, '--device=cuda', '--case=train:d0:512:64', '--systems=compile,deterministic', '--rounds=8',
          '--limit={limit}'),
-        (*ON_CPU, '--case=train:lite0:64:2'),
+        (*ON_CPU, '--case=train:lite0:64:2', '--systems=channels_last,deterministic'),
     ),
     Part(
         'infer', 'D0 512: inference of 1 and of 64 images, beside effdet', 120,
