@@ -2,6 +2,7 @@ import functools
 import gc
 import os
 
+import hypothesis
 import jax
 import pytest
 import tiny
@@ -17,6 +18,8 @@ os.environ['XLA_FLAGS'] = compiling.known_flags(
     '--xla_cpu_use_fusion_emitters=false',
     '--xla_force_host_platform_device_count=4',  # some tests compare several devices with one
 )
+hypothesis.settings.register_profile('compiles', deadline=None)  # an example may be the first one of its shape
+hypothesis.settings.load_profile('compiles')
 gc.set_threshold(100_000)  # tracing makes many objects and no garbage: a quarter of its time went into looking for it
 
 
