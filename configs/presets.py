@@ -1,7 +1,8 @@
 """What differs between published checkpoints beyond their weights: {preset: {config key: value}}.
 
-`import_weights` chooses one and saves it with the weights: input statistics, aspect ratios of the anchors, kind of NMS
-(docs/reference.md, Differences between implementations). Released official D0-D7x go back to when ratios were the pairs
+`import_weights` chooses one, `{family}` or `{family}-{variant}`, and saves it with the weights: input statistics, aspect
+ratios of the anchors, kind of NMS (docs/reference.md, Differences between implementations). Released official D0-D7x go
+back to when ratios were the pairs
 (1.4, 0.7); AdvProp and Lite to when they were square roots.
 """
 
@@ -16,6 +17,7 @@ _HARD = {'eval.nms': 'hard', 'eval.iou_threshold': 0.5, 'eval.score_threshold': 
 
 PRESETS: dict[str, dict[str, Any]] = {
     'official': _PAIRS | _GAUSSIAN,
+    'official-640': _PAIRS | _GAUSSIAN | {'image.size': (640, 640)},
     'official-lite': _SQUARE_ROOTS | _GAUSSIAN,
     'official-advprop': _SQUARE_ROOTS | _GAUSSIAN | _MINUS_ONE_TO_ONE | _BLACK_PADDING,
     'effdet': _PAIRS | _HARD,
@@ -27,5 +29,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     'timm-advprop': _MINUS_ONE_TO_ONE,
     'port': {},
     'port-lite': {},
+    'port-advprop': _MINUS_ONE_TO_ONE,
     'config': {},  # leave the config as it is
 }

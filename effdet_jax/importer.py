@@ -25,6 +25,8 @@ from effdet_jax.weights import certificate, families, names, readers
 
 MAX_ROWS = 30  # of a table of problems; import.json and a run with --allow=. know the rest
 
+ADVPROP_BACKBONES = ('b0', 'b1', 'b2', 'b3', 'b4', 'b5')  # of published detectors
+
 Problem = tuple[str, str, str]  # kind, name to allow it by, what it is
 
 
@@ -42,22 +44,24 @@ def import_weights(
     Args:
       config: of the model that the file is of; its input statistics, anchors and NMS are set by the preset.
       source: a file that `readers.read` knows.
-      preset: a name of `PRESETS`, or 'auto': by the family of the file, lite and AdvProp.
+      preset: a name of `PRESETS`, or 'auto': by the family of the file and what its path says, see `choose_preset`.
       allow: regexes on names, ours or theirs, of tensors that may be missing (they keep their initial values), spare,
         or of another shape.
       reference: an .npz of reference outputs that must be met, see `certificate.read_reference`.
 
     Raises:
-      UserError: where the file does not fit the model, naming every culprit; or anything is not readable.
+      UserError: where the file does not fit the model, naming every culprit; anything is not readable; or the preset
+        cannot be told.
     """
     patterns = [_compile(pattern) for pattern in allow]
     if has_checkpoints(workdir):
         raise UserError(f'{workdir} holds checkpoints already: choose another --workdir')
-    found = families.recognise(readers.read(source))
+    contents = readers.read(source)
+    found = families.recognise(contents.arrays)
     if found.whole:
         _refuse_other_feature_networks(config)
     say(f'{source}: {found.family}, {families.size_of(found)}')
-    preset = preset if preset != 'auto' else choose_preset(found, config, source.name)
+    preset = preset if preset != 'auto' else choose_preset(found, config, contents)
     settings = apply_preset(config, preset)
     name_classes(config, found)
     in_file = families.num_classes(found, _num_anchors(config))
@@ -109,19 +113,37 @@ def _refuse_other_feature_networks(config: Any) -> None:
             )
 
 
-def choose_preset(found: families.Recognised, config: Any, file_name: str) -> str:
-    """The file's family as `PRESETS` names it. That a network was trained with AdvProp, only the file's name tells."""
+def choose_preset(found: families.Recognised, config: Any, contents: readers.Contents) -> str:
+    """The file's family and variant as `PRESETS` names them. AdvProp and 640x640 stand in the path alone, if at all.
+
+    Raises:
+      UserError: for an official TensorFlow checkpoint of which nothing says whether it is AdvProp's: both are published
+        under the same file names. A published .h5 is never AdvProp's.
+    """
     family = found.family if found.whole else {'official': 'port', 'effdet': 'timm'}.get(found.family, found.family)
-    lite = efficientnet.VARIANTS[config.model.backbone].lite
-    advprop = re.search(r'adv-?prop|[-_]ap[-_.]', file_name.lower())
-    special = f'{family}-lite' if lite else f'{family}-advprop' if advprop else family
-    return special if special in PRESETS else family
+    if efficientnet.VARIANTS[config.model.backbone].lite:
+        return f'{family}-lite'
+    variant, part = families.variant_of(found.family, contents.path)
+    if (preset := f'{family}-{variant}') in PRESETS:
+        say(f'note: taken for {preset}, because of {part} in its path; otherwise give --preset={family}')
+        return preset
+    if not variant and config.model.backbone in ADVPROP_BACKBONES:
+        advprop = f'{family}-advprop'
+        if found.whole and found.family == 'official' and contents.format == 'tensorflow':
+            raise UserError(
+                f"{contents.path}: plain weights or AdvProp's? Their files are called the same, and neither coco2 nor "
+                f'advprop is in the path: add --preset={family}, or --preset={advprop} for input from -1 to 1'
+            )
+        if contents.format != 'hdf5':
+            say(f'note: taken for {family}: its path does not say AdvProp; for that give --preset={advprop}')
+    return family
 
 
 def apply_preset(config: Any, preset: str) -> dict[str, Any]:
     """Sets what the preset says, and returns it. A key that the user has given another value than usual stays."""
     lite = efficientnet.VARIANTS[config.model.backbone].lite
-    usual = dict(run_config.flatten(default.get_config('lite0' if lite else 'd0').to_dict()))
+    member = config.name if config.name in SCALES else 'lite0' if lite else 'd0'
+    usual = dict(run_config.flatten(default.get_config(member).to_dict()))
     given = dict(run_config.flatten(config.to_dict()))
     kept = {key: given[key] for key in PRESETS[preset] if given[key] not in (usual[key], PRESETS[preset][key])}
     for key, value in kept.items():

@@ -77,16 +77,16 @@ def load_stablehlo(path: Path) -> Run:
 
 
 def write_saved_model(program: Program, metadata: Metadata, path: Path) -> None:
-    """Around TensorFlow's operation XlaCallModule, as jax2tf does; but in a version of StableHLO that it can read."""
+    """Around TensorFlow's operation XlaCallModule, as jax2tf does; but in a version of StableHLO that it can read.
+
+    Raises:
+      UserError: where TensorFlow is not installed, or the program holds what that version of StableHLO has not.
+    """
     tf = _import('tensorflow', 'requirements-tensorflow.txt')
-    from jax.extend.mlir import ir
-    from jax.extend.mlir.dialects import stablehlo
     from tensorflow.compiler.tf2xla.python import xla
 
     exported = _exported(program)
-    with ir.Context() as context:
-        module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
-        content = stablehlo.serialize_portable_artifact(module, STABLEHLO_OF_TENSORFLOW)
+    content = _for_tensorflow(exported.mlir_module_serialized)
 
     def call(*arguments: Any) -> dict[str, Any]:
         results: Any = xla.call_module(
@@ -163,6 +163,40 @@ def _exported(program: Program) -> export.Exported:
         for i in program.inputs
     ]
     return export.export(jax.jit(program.function), platforms=PLATFORMS)(*shapes)
+
+
+def _for_tensorflow(module_serialized: bytes) -> bytes:
+    """The same module in the StableHLO that TensorFlow reads, which does not know jax 0.12's composites with regions.
+
+    A composite is by definition the function that it names, so a call of that function takes its place.
+    """
+    from jax.extend.mlir import ir
+    from jax.extend.mlir.dialects import func, stablehlo
+
+    composites: list[Any] = []
+
+    def note(operation: Any) -> Any:
+        if operation.name == 'stablehlo.composite':
+            composites.append(operation)
+        return ir.WalkResult.ADVANCE
+
+    with ir.Context() as context:
+        module = stablehlo.deserialize_portable_artifact(context, module_serialized)
+        module.operation.walk(note)
+        for composite in composites:
+            types = [result.type for result in composite.results]
+            with ir.InsertionPoint(composite), composite.location:
+                call = func.CallOp(types, composite.attributes['decomposition'], list(composite.operands))
+            for old, new in zip(composite.results, call.results, strict=True):
+                old.replace_all_uses_with(new)
+            composite.erase()
+        try:
+            return stablehlo.serialize_portable_artifact(module, STABLEHLO_OF_TENSORFLOW)
+        except ValueError as error:
+            raise UserError(
+                f'jax {jax.__version__} writes operations that TensorFlow cannot read, StableHLO newer than '
+                f'{STABLEHLO_OF_TENSORFLOW} ({error}): take --format=stablehlo, or export with jax 0.10'
+            ) from error
 
 
 def _names(path: Path) -> tuple[list[str], list[str]]:

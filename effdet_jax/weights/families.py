@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,30 @@ _OF_NO_USE = (
     (r'efficientnet-\w+/head/.*|(conv_head|bn2|classifier|_conv_head|_bn1|_fc)\..*', "ImageNet's classifier"),
 )
 _AVERAGE = '/ExponentialMovingAverage'
+
+
+# What a part of a path says of the published weights in it: (pattern, family or '' for all of them, variant).
+_VARIANTS = (
+    (r'adv-?prop|adv-efficientnet', '', 'advprop'),
+    (r'efficient(det|net)_(b|d)\d[._]ap(?![a-z0-9])', '', 'advprop'),  # effdet, timm
+    (r'coco640|efficientdet-d\d-640', 'official', '640'),
+    (r'coco2(?!\d)|ckptsaug', 'official', 'plain'),  # the official files of both are called the same
+    (r'efficient(det|net)_(b|d|lite)\d', 'effdet', 'plain'),
+    (r'efficient(det|net)_(b|d|lite)\d', 'timm', 'plain'),
+)
+
+
+def variant_of(family: str, path: PurePath) -> tuple[str, str]:
+    """(variant, the part of the path that says so) of weights by the file or, before that, the nearest folder.
+
+    'plain'; 'advprop': images were scaled to -1..1; '640': trained on 640x640 pixels, whatever its size; '' where no
+    part says anything. The arrays of all of them have the same names and shapes.
+    """
+    for part in reversed(path.parts):
+        for pattern, of_family, variant in _VARIANTS:
+            if of_family in ('', family) and re.search(pattern, part.lower()):
+                return variant, part
+    return '', ''
 
 
 def recognise(arrays: Mapping[str, np.ndarray]) -> Recognised:

@@ -1,21 +1,26 @@
 """Files of other implementations -> {name in the file: array}. What a file is, its content says, not its suffix.
 
-Nothing a file contains is executed: PyTorch's pickles are read with `weights_only`, archives are unpacked without
-links and absolute paths. TensorFlow and PyTorch are imported only by the reader that needs them.
+A file is not trusted. Nothing in it is executed: PyTorch's pickles are read with `weights_only`. It cannot reach other
+files: archives are unpacked into a temporary folder, plain files only, and HDF5 that points outside is refused. And it
+cannot fill the memory or the disk: what it claims to hold is compared with `MAX_BYTES` first.
+TensorFlow and PyTorch are imported only by the reader that needs them.
 """
 
 import argparse
 import contextlib
+import gzip
 import importlib
+import io
+import math
 import pickle
 import re
 import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,50 +30,70 @@ Arrays = dict[str, np.ndarray]
 
 HDF5_MAGIC = b'\x89HDF\r\n\x1a\n'
 GZIP_MAGIC = b'\x1f\x8b'
+MAX_BYTES = 4 * 2**30  # D7x: 0.3 GB, and as much again for each average and slot of an optimizer
+MAX_FILES = 10_000  # in an archive
+
 FORMATS = 'Keras .h5, TensorFlow checkpoints (prefix, folder or .tar.gz), PyTorch .pth / .pt / .bin, .safetensors'
 
 
-def read(source: Path) -> Arrays:
-    """Every array of a checkpoint file, folder or prefix; names and layouts as they are there.
+class Contents(NamedTuple):
+    """What a checkpoint holds."""
+
+    arrays: Arrays  # names and layouts as they are there
+    format: str  # 'tensorflow', 'hdf5', 'safetensors' or 'torch'
+    path: Path  # the absolute source; of an archive, and in it the path of its checkpoint
+
+
+def read(source: Path) -> Contents:
+    """Every array of a checkpoint file, folder or prefix.
 
     Raises:
-      UserError: where there is none, it is damaged, of an unknown format, or would run code.
+      UserError: where there is none, it is damaged, of an unknown format, too large, would run code, or points to
+        other files.
     """
+    path = source.absolute()
     if checkpoint := _tensorflow_prefix(source):
-        return _read_tensorflow(checkpoint, source)
+        return Contents(_read_tensorflow(checkpoint, source), 'tensorflow', path)
     if not source.is_file():
         raise UserError(f'{source}: no such file: --source takes {FORMATS}')
     with source.open('rb') as file:
         head = file.read(512)
-    return _reader(source, head)(source)
-
-
-def _reader(source: Path, head: bytes) -> Callable[[Path], Arrays]:
     if head.startswith(HDF5_MAGIC):
-        return _read_hdf5
+        return Contents(_read_hdf5(source), 'hdf5', path)
     if head.startswith(GZIP_MAGIC) or head[257:262] == b'ustar':
-        return _read_archive
+        arrays, inside = _read_archive(source)
+        return Contents(arrays, 'tensorflow', path / inside)
     if head[8:9] == b'{':  # after the length of a JSON header
-        return _read_safetensors
+        return Contents(_read_safetensors(source), 'safetensors', path)
     if zipfile.is_zipfile(source) or head.startswith((b'\x80', b'PK')):
-        return _read_torch
+        return Contents(_read_torch(source), 'torch', path)
     raise UserError(f'{source}: neither of the known formats, or damaged: --source takes {FORMATS}')
 
 
 def _read_hdf5(source: Path) -> Arrays:
     import h5py
 
-    arrays: Arrays = {}
+    datasets: dict[str, Any] = {}
+
+    def refuse_pointers(name: str, item: Any) -> None:
+        """HDF5 can take the content of a link or a dataset from any file that the user may read."""
+        if isinstance(item, h5py.ExternalLink) or (
+            isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)
+        ):
+            raise UserError(f'{source}: {name} lies in another file, which weights never need: do not trust this file')
 
     def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            arrays[name] = np.asarray(item)
+        if isinstance(item, h5py.Dataset) and item.shape is not None and item.dtype.kind in 'iuf':
+            datasets[name] = item
 
-    with _damage_reported(source, OSError, RuntimeError, KeyError), h5py.File(source, 'r') as file:
+    with _damage_reported(source, OSError, RuntimeError, KeyError, TypeError), h5py.File(source, 'r') as file:
+        file.visititems_links(refuse_pointers)
+        file.visititems(refuse_pointers)
         # A model that was saved whole keeps its weights in a group beside its optimizer's.
         weights: Any = file.get('model_weights', file)
-        weights.visititems(visit)
-    return arrays
+        (weights if isinstance(weights, h5py.Group) else file).visititems(visit)
+        _refuse_too_large(source, (dataset.nbytes for dataset in datasets.values()))
+        return {name: np.asarray(dataset) for name, dataset in datasets.items()}
 
 
 def _read_safetensors(source: Path) -> Arrays:
@@ -80,6 +105,9 @@ def _read_safetensors(source: Path) -> Arrays:
 
 def _read_torch(source: Path) -> Arrays:
     torch = _needed('torch', 'requirements-torch.txt', f'{source} is a PyTorch file')
+    if zipfile.is_zipfile(source):
+        with _damage_reported(source, zipfile.BadZipFile, OSError, ValueError), zipfile.ZipFile(source) as archive:
+            _refuse_too_large(source, (member.file_size for member in archive.infolist()))
     try:
         # effdet's own training saves its command line beside the weights: names and values, no behaviour.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -92,17 +120,24 @@ def _read_torch(source: Path) -> Arrays:
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise _damaged(source, error) from error
-    return {name: tensor.float().numpy() for name, tensor in _tensors(content, torch).items()}
+    tensors = _tensors(content, torch)
+    _refuse_too_large(source, (tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    with _damage_reported(source, RuntimeError, TypeError):
+        return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
 
 
 def _tensors(content: Any, torch: Any) -> Mapping[str, Any]:
-    """The dictionary of tensors in what training scripts save around it; averaged parameters before raw ones."""
+    """The dense tensors in what training scripts save around them; averaged parameters before raw ones."""
     for key in ('state_dict_ema', 'state_dict', 'model_ema', 'model'):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             return _tensors(content[key], torch)
     if not isinstance(content, Mapping):
         return {}
-    return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    return {
+        str(name): value
+        for name, value in content.items()
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == 'cpu'
+    }
 
 
 def _read_tensorflow(prefix: Path, source: Path) -> Arrays:
@@ -111,9 +146,15 @@ def _read_tensorflow(prefix: Path, source: Path) -> Arrays:
     arrays: Arrays = {}
     with _damage_reported(source, tensorflow.errors.OpError, ValueError, IndexError, RuntimeError):
         reader = tensorflow.train.load_checkpoint(str(prefix))
-        for name, dtype in reader.get_variable_to_dtype_map().items():
-            if dtype.is_floating or dtype.is_integer:
-                arrays[name] = np.asarray(reader.get_tensor(name))
+        shapes = reader.get_variable_to_shape_map()
+        numbers = {
+            name: dtype
+            for name, dtype in reader.get_variable_to_dtype_map().items()
+            if dtype.is_floating or dtype.is_integer
+        }
+        _refuse_too_large(source, (math.prod(shapes[name]) * dtype.size for name, dtype in numbers.items()))
+        for name in numbers:
+            arrays[name] = np.asarray(reader.get_tensor(name))
     return arrays
 
 
@@ -132,18 +173,58 @@ def _tensorflow_prefix(source: Path) -> Path | None:
     return source if source.with_name(source.name + '.index').is_file() else None
 
 
-def _read_archive(source: Path) -> Arrays:
-    """The .tar.gz in which official checkpoints are released."""
-    with tempfile.TemporaryDirectory() as folder:
-        with _damage_reported(source, tarfile.TarError, OSError, EOFError, zlib.error), tarfile.open(source) as archive:
-            archive.extractall(folder, filter='data')
-        prefixes = [path.with_suffix('') for path in Path(folder).rglob('*.index')]
+def _read_archive(source: Path) -> tuple[Arrays, PurePosixPath]:
+    """(arrays, path inside) of the .tar.gz in which official checkpoints are released."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with _damage_reported(source, tarfile.TarError, OSError, EOFError, zlib.error):
+            _unpack(source, folder)
+        prefixes = [path.with_suffix('') for path in folder.rglob('*.index')]
         if len(prefixes) != 1:
             raise UserError(
                 f'{source}: damaged, or an archive with {len(prefixes)} TensorFlow checkpoints (*.index), needed is '
                 'one: unpack it and name one'
             )
-        return _read_tensorflow(prefixes[0], source)
+        return _read_tensorflow(prefixes[0], source), PurePosixPath(prefixes[0].relative_to(folder))
+
+
+def _unpack(source: Path, folder: Path) -> None:
+    """Files and folders of a .tar or .tar.gz, read as a stream and no further than `MAX_BYTES`."""
+    with source.open('rb') as file:
+        compressed = file.read(2) == GZIP_MAGIC
+    with (gzip.open if compressed else open)(source, 'rb') as plain:
+        stream = _Bounded(plain, source)
+        with tarfile.open(fileobj=stream, mode='r|') as archive:
+            for count, member in enumerate(archive, start=1):
+                if count > MAX_FILES:
+                    raise UserError(f'{source}: an archive of more than {MAX_FILES} files: unpack it and name one')
+                if member.name.startswith('/') or '..' in PurePosixPath(member.name).parts:
+                    raise UserError(
+                        f'{source}: {member.name} would be written outside of the folder that it is unpacked to: do '
+                        'not trust this file'
+                    )
+                if not (member.isdir() or (member.isreg() and not member.issparse())):
+                    raise UserError(
+                        f'{source}: {member.name} is neither a plain file nor a folder: unpack it yourself, if you '
+                        'trust it, and name the checkpoint'
+                    )
+                archive.extract(member, folder, filter='data')
+        while stream.read(2**20):  # to the checksum at its end
+            pass
+
+
+class _Bounded(io.RawIOBase):
+    """A file that is refused once more than `MAX_BYTES` were read from it."""
+
+    def __init__(self, file: Any, source: Path) -> None:
+        self._file, self._source, self._left = file, source, MAX_BYTES
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise _too_large(self._source)
+        return content
 
 
 def _needed(module: str, requirements: str, why: str) -> Any:
@@ -159,6 +240,17 @@ def _damage_reported(source: Path, *errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         raise _damaged(source, error) from error
+
+
+def _refuse_too_large(source: Path, sizes: Iterable[int]) -> None:
+    if sum(sizes) > MAX_BYTES:
+        raise _too_large(source)
+
+
+def _too_large(source: Path) -> UserError:
+    return UserError(
+        f'{source}: holds more than {MAX_BYTES / 2**30:.3g} GiB, and the largest detector takes 0.3: save its weights alone'
+    )
 
 
 def _damaged(source: Path, error: Exception) -> UserError:

@@ -36,7 +36,7 @@ def main(workdir: str, source: str, *photographs: str) -> None:
     backbone = efficientnet.EfficientNet(config.model.backbone, 0.0, layers.Norm())
     of_backbone = {collection: tree['backbone'] for collection, tree in variables.items()}
     features = jax.jit(lambda images: backbone.apply(of_backbone, images, train=False)[5])
-    head = readers.read(Path(source))
+    head = readers.read(Path(source)).arrays
     for photograph in photographs or [f'{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg']:
         pixels = square(read_image(photograph))
         x = features(((pixels - np.array(config.image.mean)) / np.array(config.image.std))[None].astype(np.float32))

@@ -44,7 +44,7 @@ def ours():
 
 def read(source, shapes, member):
     """(our variables, what they were recognised as); nothing may be missing, spare or of another shape."""
-    found = families.recognise(readers.read(source))
+    found = families.recognise(readers.read(source).arrays)
     wanted = {path: shape for path, shape in shapes.items() if found.whole or path[1] == 'backbone'}
     matched = names.match(found.arrays, wanted, member.backbone, found.scheme)
     assert (matched.missing, matched.misshapen, matched.spare) == ({}, {}, [])
