@@ -1,4 +1,9 @@
-"""A run -> a file in another format that is proven to compute the same."""
+"""A run -> a file in another format that is proven to compute the same.
+
+Exports compute in float32, also of a bfloat16 run: ONNX Runtime and TensorFlow have no bfloat16 convolution on a CPU, and
+only float32 can be compared closely. They are compared on the CPU, because GPUs and TPUs round float32 products to fewer
+bits unless told otherwise, and an export does not tell them: it would be slow there.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from effdet_jax import compiling, data
 from effdet_jax import config as run_config
-from effdet_jax import data
 from effdet_jax.data import shapes
 from effdet_jax.errors import UserError
 from effdet_jax.inference import Detections, Detector
@@ -33,17 +38,29 @@ from effdet_jax.records.sessions import describe_session
 
 RAW = ('class_logits', 'box_regressions', 'anchors')
 IMAGES = 8  # to compare on, or one batch where that is more
-BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3  # pixels of the original image; a probability
+BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3  # pixels of the original image; a probability ...
+SCORE_SHARE = 0.01  # ... and of a score below 0.1 this share of it
 RAW_TOLERANCE = 1e-4  # of the largest value of an output
+UNSUPPRESSED = dict(iou=1.0, sigma=1e9)  # thresholds with which neither kind of NMS changes anything
+ROUNDING = 1e-6  # relative; about what a network makes of the rounding of its weights
+ADVICE = 'nothing was written; another --format, or another version of jax or of the converter, may compute the same'
 
 
 class Original(NamedTuple):
     """What is exported, and what it is compared with."""
 
     config: Any
-    detector: Detector
     variables: Any
     step: int
+
+
+class Agreement(NamedTuple):
+    """Detections of two detectors, matched one to one."""
+
+    pairs: int  # within the tolerances of each other
+    pixels: float  # largest distance within a pair
+    score: float  # largest difference within a pair
+    alone: list[str]  # detections of either without a partner: what they are, and how far the nearest is
 
 
 def export(workdir: Path, out: Path, format_name: str, outputs: str, batch: int | None = None) -> None:
@@ -56,7 +73,7 @@ def export(workdir: Path, out: Path, format_name: str, outputs: str, batch: int 
 
     Raises:
       UserError: where the format cannot hold the program, a converter is missing, `out` is there already or cannot be
-        written, or the export differs from the original by more than the tolerances above.
+        written, or the export differs from the original by more than the tolerances above; for a backbone alone.
     """
     if out.exists():
         raise UserError(f'{out} exists already: remove it or choose another --out')
@@ -67,24 +84,43 @@ def export(workdir: Path, out: Path, format_name: str, outputs: str, batch: int 
         )
     if (format_name, outputs) == ('savedmodel', 'boxes'):
         batch = batch or 1  # TensorFlow refuses top_k of a batch whose size is open ("dynamic_iota has dynamic shapes")
-    detector, config = Detector.load(workdir, batch_size=batch or IMAGES), run_config.load(workdir)
-    step, variables = load_variables(workdir, config.checkpoint.best)
-    original = Original(config, detector, jax.tree.map(jnp.asarray, fold(variables)), step)
     make, compare = {'boxes': (boxes_program, _compare_boxes), 'raw': (raw_program, _compare_raw)}[outputs]
-    program = make(original, batch)
-    facts = metadata(original, program, format_name)
-    images, whence = _images(config, max(IMAGES, batch or 0))
-    form = FORMATS[format_name]
-    try:
-        with replacing(out) as temporary:
-            start = perf_counter()
-            form.write(program, facts, temporary)
-            seconds = perf_counter() - start
-            agreement = compare(original, program, facts, form.load(temporary), images, batch)
-    except OSError as error:
-        raise UserError(f'{out} cannot be written ({error.strerror or error}): choose another --out') from error
+    with jax.default_device(_cpu()):
+        original = _original(workdir)
+        program = make(original, batch)
+        facts = metadata(original, program, format_name)
+        images, whence = _images(original.config, max(IMAGES, batch or 0))
+        form = FORMATS[format_name]
+        try:
+            with replacing(out) as temporary:
+                start = perf_counter()
+                form.write(program, facts, temporary)
+                seconds = perf_counter() - start
+                agreement = compare(original, program, facts, form.load(temporary), images, batch)
+        except OSError as error:
+            raise UserError(f'{out} cannot be written ({error.strerror or error}): choose another --out') from error
     say(f'{out}: {outputs}, {_megabytes(out):.1f} MB, exported in {seconds:.1f} s')
     say(f'compared with the original on {len(images)} {whence}: {agreement}')
+
+
+def _original(workdir: Path) -> Original:
+    config: Any = run_config.load(workdir)
+    if not config.dataset.class_names:
+        raise UserError(f'{workdir} holds a backbone alone: train a detector from it with config.train.init_from')
+    if config.model.dtype != 'float32':
+        say(f'note: the run computes in {config.model.dtype}, the export in float32')
+        config.model.dtype = 'float32'
+    step, variables = load_variables(workdir, config.checkpoint.best)
+    return Original(config, jax.tree.map(jnp.asarray, fold(variables)), step)
+
+
+def _cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend='cpu')[0]
+    except RuntimeError as error:
+        raise UserError(
+            'an export is compared on the CPU, which JAX_PLATFORMS hides: append ",cpu" to JAX_PLATFORMS'
+        ) from error
 
 
 def boxes_program(original: Original, batch: int | None) -> Program:
@@ -143,32 +179,35 @@ def metadata(original: Original, program: Program, format_name: str) -> dict[str
     }
 
 
-def compare_detections(theirs: Sequence[Detections], ours: Sequence[Detections], floor: float, most: int) -> str:
-    """How far detections lie apart, image by image. Pairs are of one class, whatever their order.
+def compare_detections(theirs: Sequence[Detections], ours: Sequence[Detections], floor: float, most: int) -> Agreement:
+    """Pairs detections image by image: of one class and within the tolerances, whatever their order.
 
     One that has no partner may be missing where it stood at the edge: within the tolerance of the score below which
-    nothing is kept, which is `floor`, and in an image with `most` detections that of the last of them.
-
-    Raises:
-      UserError: where they differ by more than the tolerances.
+    nothing is kept, which is `floor`, and in an image with `most` detections that of the last of them. That excuses at
+    most half of all detections.
     """
-    farthest, largest, count = 0.0, 0.0, 0
+    pixels, score, pairs, total = 0.0, 0.0, 0, 0
+    alone, excused = [], []
     for a, b in zip(theirs, ours, strict=True):
         boxes_MK = np.abs(a.boxes_xyxy[:, None] - b.boxes_xyxy[None]).max(axis=2)
         scores_MK = np.abs(a.scores[:, None] - b.scores[None])
-        cost_MK = np.maximum(boxes_MK / BOX_TOLERANCE, scores_MK / SCORE_TOLERANCE)
+        cost_MK = np.maximum(boxes_MK / BOX_TOLERANCE, scores_MK / _score_tolerance(a.scores)[:, None])
         cost_MK = np.where((a.labels[:, None] == b.labels[None]) & (cost_MK <= 1), cost_MK, 1e6)
         i, j = linear_sum_assignment(cost_MK)
         near = cost_MK[i, j] <= 1
-        farthest = max(farthest, boxes_MK[i, j][near].max(initial=0))
-        largest = max(largest, scores_MK[i, j][near].max(initial=0))
-        count += int(near.sum())
+        pixels = max(pixels, boxes_MK[i, j][near].max(initial=0))
+        score = max(score, scores_MK[i, j][near].max(initial=0))
+        pairs, total = pairs + int(near.sum()), total + len(a) + len(b)
+        last = max([floor, *(side.scores[-1] for side in (a, b) if len(side) == most)])
+        edge = last + _score_tolerance(last)
         for found, other, partners in ((a, b, i[near]), (b, a, j[near])):
-            edge = max([floor, *(side.scores[-1] for side in (found, other) if len(side) == most)]) + SCORE_TOLERANCE
-            alone = np.setdiff1d(np.flatnonzero(found.scores > edge), partners)
-            if alone.size:
-                raise UserError(f'the export differs from the original: {_nearest(found, other, int(alone[0]))}')
-    return f'{count} boxes within {farthest:.2g} pixels, scores within {largest:.1g}'
+            for index in np.setdiff1d(np.arange(len(found)), partners).tolist():
+                (excused if found.scores[index] <= edge else alone).append(_nearest(found, other, index))
+    return Agreement(pairs, pixels, score, alone if len(excused) <= total / 2 else alone + excused)
+
+
+def _score_tolerance(scores: Any) -> Any:
+    return np.minimum(SCORE_TOLERANCE, SCORE_SHARE * scores)
 
 
 def _nearest(found: Detections, other: Detections, index: int) -> str:
@@ -179,17 +218,53 @@ def _nearest(found: Detections, other: Detections, index: int) -> str:
     boxes = np.abs(other.boxes_xyxy[same] - found.boxes_xyxy[index]).max(axis=1)
     nearest = boxes.argmin()
     score = abs(other.scores[same][nearest] - found.scores[index])
-    return (
-        f'{what} by {boxes[nearest]:.3g} pixels and {score:.2g} in score (allowed {BOX_TOLERANCE}, {SCORE_TOLERANCE})'
-    )
+    allowed = _score_tolerance(found.scores[index])
+    return f'{what} by {boxes[nearest]:.3g} pixels and {score:.2g} in score (allowed {BOX_TOLERANCE}, {allowed:.2g})'
 
 
 def _compare_boxes(
     original: Original, program: Program, facts: dict, run: Run, images: list[np.ndarray], batch: int | None
 ) -> str:
-    ours = detector_of(run, facts, batch or IMAGES)(images)
-    c = original.config.eval
-    return compare_detections(original.detector(images), ours, c.score_threshold, c.max_detections)
+    """What the network and the decoding of boxes give must agree closely, so NMS is switched off for it first.
+
+    What NMS makes of it may depend on rounding, in soft NMS most of all: each rival multiplies a score by a function of
+    its IoU, and a hundred of them multiply its error; of two rivals with nearly equal scores, either may be the first.
+    Runs of few steps find hundreds of boxes in one place. So where detections differ after NMS, as many may as differ
+    twice over in the original itself when its weights are rounded otherwise.
+    """
+    detect, c = compiling.jit(make_detect_pixels(original.config, _model(original.config))), original.config.eval
+
+    def detector(variables: Any) -> Detector:
+        return detector_of(lambda *inputs: detect(variables, *inputs[:2], Thresholds(*inputs[2:])), facts, size)
+
+    def compared(theirs: list[Detections], ours: list[Detections]) -> Agreement:
+        return compare_detections(theirs, ours, c.score_threshold, c.max_detections)
+
+    size = batch or IMAGES
+    theirs, ours = detector(original.variables), detector_of(run, facts, size)
+    before = compared(theirs(images, **UNSUPPRESSED), ours(images, **UNSUPPRESSED))
+    if before.alone:
+        raise UserError(f'the export differs from the original, before NMS: {before.alone[0]}; {ADVICE}')
+    expected = theirs(images)
+    after = compared(expected, ours(images))
+    agreement = f'{after.pairs} boxes within {after.pixels:.2g} pixels, scores within {after.score:.1g}'
+    if not after.alone:
+        return agreement
+    itself = compared(expected, detector(_rounded_otherwise(original.variables))(images))
+    if len(after.alone) > min(2 * len(itself.alone), after.pairs):
+        raise UserError(
+            f'the export differs from the original: {after.alone[0]}; {len(after.alone)} differ so, and '
+            f'{len(itself.alone)} in the original when its weights change by {ROUNDING:.0e}; {ADVICE}'
+        )
+    return (
+        f'{agreement}; {len(after.alone)} differ by more, because NMS amplifies rounding here, as in a run of few steps: '
+        f'{len(itself.alone)} do in the original when its weights change by {ROUNDING:.0e}'
+    )
+
+
+def _rounded_otherwise(variables: Any) -> Any:
+    generator = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x * (1 + ROUNDING * generator.standard_normal(x.shape, np.float32)), variables)
 
 
 def _compare_raw(
@@ -203,7 +278,7 @@ def _compare_raw(
         if not difference <= RAW_TOLERANCE:
             raise UserError(
                 f'the export differs from the original: {name} by {difference:.1e} of its largest value (allowed '
-                f'{RAW_TOLERANCE:.0e})'
+                f'{RAW_TOLERANCE:.0e}); {ADVICE}'
             )
         worst = max(worst, difference)
     return f'{", ".join(program.outputs)} within {worst:.1e} of the largest value'

@@ -4,7 +4,8 @@
     savedmodel   the same program as a TensorFlow SavedModel; metadata.json lies in its assets.extra
     onnx         converted by jax2onnx; the metadata are the model's property `metadata`
 
-What `load` returns takes and gives NumPy arrays, in the order of the program's inputs and outputs.
+What `load` returns takes and gives NumPy arrays, in the order of the program's inputs and outputs. TensorFlow and ONNX
+Runtime run it on the CPU, jax on its default device.
 """
 
 import json
@@ -117,8 +118,11 @@ def load_saved_model(path: Path) -> Run:
 
     def run(*arguments: Any) -> tuple[np.ndarray, ...]:
         _, specs = signature.structured_input_signature
-        tensors = {name: tf.constant(value, specs[name].dtype) for name, value in zip(names, arguments, strict=True)}
-        found = signature(**tensors)
+        with tf.device('CPU'):
+            tensors = {
+                name: tf.constant(value, specs[name].dtype) for name, value in zip(names, arguments, strict=True)
+            }
+            found = signature(**tensors)
         return tuple(found[name].numpy() for name in outputs)
 
     run.model = model  # type: ignore[attr-defined]  # TensorFlow frees a model that nobody holds
