@@ -1,8 +1,8 @@
 """A run -> a file in another format that is proven to compute the same.
 
-Exports compute in float32, also of a bfloat16 run: ONNX Runtime and TensorFlow have no bfloat16 convolution on a CPU, and
-only float32 can be compared closely. They are compared on the CPU, because GPUs and TPUs round float32 products to fewer
-bits unless told otherwise, and an export does not tell them: it would be slow there.
+Exports compute in float32, also of a bfloat16 run: ONNX Runtime and TensorFlow have no bfloat16 convolution on a CPU,
+and only float32 can be compared closely. They are compared on the CPU, because GPUs and TPUs round float32 products to
+fewer bits unless told otherwise, and an export does not tell them: it would be slow there.
 """
 
 from collections.abc import Sequence
@@ -257,8 +257,8 @@ def _compare_boxes(
             f'{len(itself.alone)} in the original when its weights change by {ROUNDING:.0e}; {ADVICE}'
         )
     return (
-        f'{agreement}; {len(after.alone)} differ by more, because NMS amplifies rounding here, as in a run of few steps: '
-        f'{len(itself.alone)} do in the original when its weights change by {ROUNDING:.0e}'
+        f'{agreement}; {len(after.alone)} differ by more, because NMS amplifies rounding here, as in a run of few '
+        f'steps: {len(itself.alone)} do in the original when its weights change by {ROUNDING:.0e}'
     )
 
 

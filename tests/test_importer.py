@@ -5,6 +5,7 @@ import json
 import pickle
 import sys
 import tarfile
+from pathlib import Path as FilePath
 
 import containers
 import imports
@@ -15,10 +16,11 @@ import writers
 from flax import traverse_util
 
 from effdet_jax import importer, train
+from effdet_jax.configs import default
 from effdet_jax.errors import UserError
 from effdet_jax.inference import Detector
 from effdet_jax.records.checkpoint import load_variables
-from effdet_jax.weights import names
+from effdet_jax.weights import families, names, readers
 
 pytestmark = pytest.mark.usefixtures('depthwise_by_xla')
 
@@ -445,6 +447,79 @@ def test_presets_follow_the_family(tmp_path):
     assert (config.eval.nms, config.eval.sigma) == ('gaussian', 0.5)
     assert config.image.mean == (127.0,) * 3
     assert config.model.anchors.aspect_ratios == (1.0, 2.0, 0.5)
+
+
+def b0(size=(512, 512)):
+    config = imports.config(writers.Member('b0', cells=1, head_layers=1, weighted=True))
+    config.name, config.image = 'd0', default.get_config('d0').image
+    config.image.size = size
+    return config
+
+
+@pytest.mark.parametrize(
+    ('family', 'format_name', 'path', 'preset'),
+    [
+        ('official', 'tensorflow', 'advprop/efficientdet-d0.tar.gz/efficientdet-d0/model', 'official-advprop'),
+        ('official', 'tensorflow', 'Det-AdvProp/efficientdet-d0/model', 'official-advprop'),
+        ('official', 'tensorflow', 'efficientdet-d0.tar.gz/d0_advprop/model', 'official-advprop'),
+        ('official', 'tensorflow', 'coco2/efficientdet-d0.tar.gz/efficientdet-d0/model', 'official'),
+        ('official', 'tensorflow', 'advprop/mine/coco2/efficientdet-d0.tar.gz', 'official'),  # the nearest folder
+        ('official', 'tensorflow', 'coco640/d3.tar.gz/model', 'official-640'),
+        ('official', 'hdf5', 'efficientdet-d0.h5', 'official'),  # published AdvProp weights are no .h5
+        ('official', 'hdf5', 'efficientdet-d3-640.h5', 'official-640'),
+        ('effdet', 'torch', 'tf_efficientdet_d0_34-f153e0cf.pth', 'effdet'),
+        ('effdet', 'torch', 'tf_efficientdet_d0_ap-d0cdbd0a.pth', 'effdet-advprop'),
+        ('effdet', 'torch', 'advprop/tf_efficientdet_d0_34-f153e0cf.pth', 'effdet'),
+        ('effdet', 'torch', 'best_ap_0.34/model.pth', 'effdet'),  # average precision
+        ('timm', 'safetensors', 'tf_efficientnet_b0.ap_in1k/model.safetensors', 'timm-advprop'),
+        ('timm', 'safetensors', 'timm--tf_efficientnet_b0.ap_in1k/snapshots/9f/model.safetensors', 'timm-advprop'),
+        ('timm', 'safetensors', 'timm--tf_efficientnet_b0.aa_in1k/snapshots/9f/model.safetensors', 'timm'),
+        ('timm', 'torch', 'tf_efficientnet_b0_ap-f262efe1.pth', 'timm-advprop'),
+        ('port', 'torch', 'adv-efficientnet-b0-b64d5a18.pth', 'port-advprop'),
+        ('port', 'torch', 'efficientnet-b0-355c32eb.pth', 'port'),
+    ],
+)  # fmt: skip
+def test_the_path_tells_what_the_arrays_do_not(family, format_name, path, preset):
+    found = families.Recognised(family, names.SCHEMES['keras'], family in ('official', 'effdet'), {}, {})
+    assert importer.choose_preset(found, b0(), readers.Contents({}, format_name, FilePath('/home/me') / path)) == preset
+
+
+@pytest.mark.parametrize('backbone', ['b6', 'b7', 'lite0'])
+def test_of_some_members_there_is_no_advprop(backbone):
+    config = b0()
+    config.model.backbone = backbone
+    found = families.Recognised('official', names.SCHEMES['keras'], True, {}, {})
+    preset = importer.choose_preset(found, config, readers.Contents({}, 'tensorflow', FilePath('/efficientdet.tar.gz')))
+    assert preset == ('official-lite' if backbone == 'lite0' else 'official')
+
+
+def released(folder):
+    """A detector of B0 as google/automl publishes it."""
+    folder.mkdir(parents=True)
+    layers = writers.layers(writers.Member('b0', cells=1, head_layers=1, weighted=True))
+    return containers.released(folder, writers.to_tensorflow(layers, writers.draw(layers), 'keras'))
+
+
+def test_advprop_by_the_folder_of_the_archive(tmp_path, capsys):
+    importer.import_weights(config := b0(), released(tmp_path / 'advprop'), tmp_path / 'imported')
+    assert (config.image.mean, config.image.padding) == ((127.5,) * 3, -1.0)
+    assert config.model.anchors.aspect_ratios == (1.0, 2.0, 0.5)
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'taken for official-advprop, because of advprop in its path; otherwise give --preset=official' in said
+
+
+def test_it_is_asked_where_nothing_tells(tmp_path, refused):
+    source = released(tmp_path / 'downloads')
+    refused(source, r"plain weights or AdvProp's\?.* add --preset=official, or --preset=official-advprop", b0())
+    importer.import_weights(config := b0(), source, tmp_path / 'told', preset='official-advprop')
+    assert config.image.padding == -1.0
+
+
+def test_640_pixels_unless_another_size_was_given():
+    assert importer.apply_preset(config := b0(), 'official-640')['image.size'] == (640, 640)
+    assert config.image.size == (640, 640)
+    importer.apply_preset(config := b0((256, 256)), 'official-640')
+    assert config.image.size == (256, 256)
 
 
 def test_training_would_replace_imported_weights(tmp_path):

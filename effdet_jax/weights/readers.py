@@ -75,20 +75,19 @@ def _read_hdf5(source: Path) -> Arrays:
 
     datasets: dict[str, Any] = {}
 
-    def refuse_pointers(name: str, item: Any) -> None:
-        """HDF5 can take the content of a link or a dataset from any file that the user may read."""
-        if isinstance(item, h5py.ExternalLink) or (
-            isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)
-        ):
-            raise UserError(f'{source}: {name} lies in another file, which weights never need: do not trust this file')
+    def elsewhere(name: str, item: Any) -> str | None:
+        """The name, where the content of a link or a dataset would be taken from another file."""
+        pointer = isinstance(item, h5py.ExternalLink)
+        data = isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)
+        return name if pointer or data else None  # not None ends the visit
 
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.shape is not None and item.dtype.kind in 'iuf':
             datasets[name] = item
 
     with _damage_reported(source, OSError, RuntimeError, KeyError, TypeError), h5py.File(source, 'r') as file:
-        file.visititems_links(refuse_pointers)
-        file.visititems(refuse_pointers)
+        if (name := file.visititems_links(elsewhere) or file.visititems(elsewhere)) is not None:
+            raise UserError(f'{source}: {name} lies in another file, which weights never need: do not trust this file')
         # A model that was saved whole keeps its weights in a group beside its optimizer's.
         weights: Any = file.get('model_weights', file)
         (weights if isinstance(weights, h5py.Group) else file).visititems(visit)
@@ -249,7 +248,8 @@ def _refuse_too_large(source: Path, sizes: Iterable[int]) -> None:
 
 def _too_large(source: Path) -> UserError:
     return UserError(
-        f'{source}: holds more than {MAX_BYTES / 2**30:.3g} GiB, and the largest detector takes 0.3: save its weights alone'
+        f'{source}: holds more than {MAX_BYTES / 2**30:.3g} GiB, and the largest detector takes 0.3: save '
+        'its weights alone'
     )
 
 
