@@ -114,7 +114,7 @@ def _original(workdir: Path) -> Original:
     return Original(config, jax.tree.map(jnp.asarray, fold(variables)), step)
 
 
-def _cpu() -> jax.Device:
+def _cpu() -> Any:
     try:
         return jax.local_devices(backend='cpu')[0]
     except RuntimeError as error:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 
 import jax
@@ -134,15 +135,36 @@ def test_what_cannot_be_is_refused_at_once(exported, finished_run, tmp_path, mon
         Detector.load(tmp_path / 'no.zip')
 
 
+def skip_without_jax2onnx():
+    pytest.importorskip('jax2onnx', reason='requirements-export.txt is not installed')
+    if jax.__version_info__ >= (0, 12):
+        pytest.skip('jax2onnx 0.17.1 does not know jax 0.12')
+
+
 @pytest.mark.parametrize(
     ('format_name', 'package'), [('savedmodel', 'tensorflow'), ('onnx', 'jax2onnx'), ('onnx', 'onnxruntime')]
 )
 def test_a_missing_converter_is_named(format_name, package, finished_run, tmp_path, monkeypatch):
     if package == 'onnxruntime':
-        pytest.importorskip('jax2onnx', reason='requirements-export.txt is not installed')
+        skip_without_jax2onnx()
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f'{package} cannot be imported .* pip install -r requirements-'):
         exporter.export(finished_run[0], tmp_path / 'out', format_name, 'raw')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_converter_that_fails_is_one_line(finished_run, tmp_path, monkeypatch):
+    """As jax2onnx 0.17.1 with jax 0.12."""
+
+    def to_onnx(*arguments, **options):
+        raise AttributeError("module 'jax._src.core' has no attribute 'ClosedJaxpr'")
+
+    monkeypatch.setitem(sys.modules, 'jax2onnx', types.SimpleNamespace(to_onnx=to_onnx))
+    monkeypatch.setitem(sys.modules, 'onnx', types.SimpleNamespace())
+    with pytest.raises(
+        UserError, match=rf'jax2onnx cannot convert this with jax {jax.__version__} \(AttributeError: .*'
+    ):
+        exporter.export(finished_run[0], tmp_path / 'm.onnx', 'onnx', 'raw')
     assert not list(tmp_path.iterdir())
 
 
@@ -154,7 +176,7 @@ def test_a_saved_model_agrees(finished_run, tmp_path):
 
 
 def test_onnx_agrees_and_its_depthwise_convolutions_are_grouped(finished_run, tmp_path):
-    pytest.importorskip('jax2onnx', reason='requirements-export.txt is not installed')
+    skip_without_jax2onnx()
     onnx = pytest.importorskip('onnx')
     exporter.export(finished_run[0], tmp_path / 'm.onnx', 'onnx', 'raw')
     model = onnx.load(tmp_path / 'm.onnx')

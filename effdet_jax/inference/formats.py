@@ -134,12 +134,18 @@ def write_onnx(program: Program, metadata: Metadata, path: Path) -> None:
     jax2onnx, onnx = (_import(name, 'requirements-export.txt') for name in ('jax2onnx', 'onnx'))
     with default_everywhere(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model = jax2onnx.to_onnx(
-            program.function,
-            [jax.ShapeDtypeStruct(i.shape, i.dtype) for i in program.inputs],
-            input_names=[i.name for i in program.inputs],
-            output_names=program.outputs,
-        )
+        try:
+            model = jax2onnx.to_onnx(
+                program.function,
+                [jax.ShapeDtypeStruct(i.shape, i.dtype) for i in program.inputs],
+                input_names=[i.name for i in program.inputs],
+                output_names=program.outputs,
+            )
+        except Exception as error:  # of a jax that it does not know, anything
+            raise UserError(
+                f'jax2onnx cannot convert this with jax {jax.__version__} ({type(error).__name__}: {error}): take a '
+                'version of jax that it supports (jax2onnx 0.17.1: below 0.12), or --format=stablehlo or savedmodel'
+            ) from error
     # The converter moves channels and leaves the old shapes of what lies between: onnxruntime finds them out itself.
     del model.graph.value_info[:]
     onnx.helper.set_model_props(model, {'metadata': json.dumps(metadata)})
