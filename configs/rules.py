@@ -56,7 +56,7 @@ def per_channel(low: float | None = None, high: float | None = None, *, above: f
     """Three numbers; a single one holds for every channel."""
     words, inside = _bounds(low, high, above)
     return Rule(
-        f': give red, green and blue as numbers{words}, in units of pixels of 0 to 255, or one number for all three',
+        f': give red, green and blue as numbers{words}, or one number for all three',
         lambda value: is_tuple(value, lambda x: is_number(x) and inside(x), 3),
         lambda value: _single(value) * 3 or value,
     )
@@ -114,7 +114,7 @@ def is_regex(value: Any) -> bool:
 
 
 def _bounds(
-    low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None
+    low: float | None, high: float | None = None, above: float | None = None, below: float | None = None
 ) -> tuple[str, Callable[[Any], bool]]:
     """(' from 0 to 1', whether a number lies there); `above` and `below` are bounds that are outside themselves."""
     every = (
