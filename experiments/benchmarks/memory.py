@@ -11,10 +11,11 @@ whatever the allocators add. Not counted: Python, libraries, the compiler and th
 Elsewhere: the peak of the device's allocator.
 
 With --largest it goes on to the largest batch that should fit, by the line through this batch and its double, and runs
-a step of that.
+a step of that. Where the compiler asks for more than the line says, the line goes through what it asked for.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,25 @@ def main(_) -> None:
             write_atomically(Path(OUT.value), (json.dumps(report, indent=1) + '\n').encode())
 
     try:
-        keep(measure(config, batch := config.train.batch_size))
+        first = measure(config, config.train.batch_size)
+        keep(first)
         if LARGEST.value:
-            double = predict(config, 2 * batch)
-            limit = parse_bytes(LIMIT.value) if LIMIT.value else device_memory()[0]
-            predicted = {row['batch']: float(row['predicted']) for row in (*report['rows'], double)}
-            largest = line_through(predicted).largest(limit, config.train.accumulate)
-            report |= {'limit': limit, 'largest': largest}
-            keep(double)
-            if largest > batch:
-                keep(measure(config, largest))
+            report['limit'] = limit = parse_bytes(LIMIT.value) if LIMIT.value else device_memory()[0]
+            keep(other := predict(config, 2 * first['batch']))
+            while (largest := _largest(first, other, limit, config.train.accumulate)) > first['batch']:
+                keep(other := measure(config, largest, limit))
+                if other['predicted'] <= limit:
+                    break
+            report['largest'] = largest
     finally:
         answer('\n' + summary(config, report) + '\n')
+
+
+def _largest(first: Row, other: Row, limit: float, multiple: int) -> int:
+    """Of the batches below `limit` on the line through two of them; less than `other` where that is above it."""
+    line = line_through({row['batch']: float(row['predicted']) for row in (first, other)})
+    largest = line.largest(limit, multiple) if line.per_image > 0 else other['batch']
+    return min(largest, other['batch'] - multiple) if other['predicted'] > limit else largest
 
 
 def predict(config: Any, batch: int) -> Row:
@@ -72,11 +80,13 @@ def predict(config: Any, batch: int) -> Row:
     return {'batch': batch, 'predicted': step.memory(arrays, footprint.compile_layout(step.lower(arrays))).total}
 
 
-def measure(config: Any, batch: int) -> Row:
-    """{'batch', 'predicted': bytes, 'measured': bytes, 'seconds': of a step}."""
+def measure(config: Any, batch: int, limit: float = math.inf) -> Row:
+    """{'batch', 'predicted': bytes, 'measured': bytes, 'seconds': of a step}; without the last two above `limit`."""
     step, arrays = _step(config), _arrays(config, batch)
     compiled = compile_step(step.lower(arrays))
     predicted = step.memory(arrays, compiled).total
+    if predicted > limit:
+        return {'batch': batch, 'predicted': predicted}
     state, on_cpu = step.random_state(), jax.default_backend() == 'cpu'
     before = 0
     if on_cpu:
@@ -111,7 +121,7 @@ def summary(config: Any, report: dict[str, Any]) -> str:
     title = f'Memory of a training step, {report["device"]}\n'
     text = table(header, rows, title) if rows else title
     if 'largest' in report:
-        text += f'\n\nLargest batch that should fit into {report["limit"] / MIB:,.0f} MiB: {report["largest"]}'
+        text += f'\n\nLargest batch in {report["limit"] / MIB:,.0f} MiB: {report["largest"]}'
     return text
 
 
