@@ -11,6 +11,8 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float
 
+from effdet_jax.errors import UserError
+
 REFERENCE_BATCH = 64  # official learning rates are stated for this batch size
 
 

@@ -168,7 +168,7 @@ def test_an_iou_loss_is_added_with_its_weight(plain, kind):
         )[0].box_regressions
         classes_BN, wanted_BN4, positives = targets_of(BATCH)
         iou_BN = boxes.iou(boxes.decode(regressions_BN4, ANCHORS_N4), boxes.decode(wanted_BN4, ANCHORS_N4))
-        expected = jnp.sum((1 - iou_BN) * (classes_BN >= 0)) / (4 * (positives + 1))  # spec 7
+        expected = jnp.sum((1 - iou_BN) * (classes_BN >= 0)) / (4 * (positives + 1))  # docs/reference.md, losses
         np.testing.assert_allclose(metrics['iou_loss'], expected, rtol=1e-4)
 
 
