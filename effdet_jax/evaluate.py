@@ -54,11 +54,11 @@ def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
       UserError: where the work directory holds no run of this config.
     """
     run_config.check(config)
-    step, variables = load_variables(workdir, config.checkpoint.best)
     d = config.dataset
     source = data.open_source(d.source, d.eval_split, d.class_names or run_config.load(workdir).dataset.class_names)
     remember_classes(config, source, d.category_ids)
     run_config.refuse_another(config, workdir, only=run_config.NETWORK_KEYS)
+    step, variables = load_variables(workdir, config.checkpoint.best)
     inspection.check_sources(config, {'eval': source})
     say(f'evaluating {workdir}, step {step}, on {len(source)} images')
     detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))

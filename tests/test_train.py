@@ -214,7 +214,7 @@ def test_evaluating_it_gives_the_metrics_of_its_best_checkpoint(finished_run):
 
 
 def test_evaluating_what_is_not_there_is_refused_and_leaves_nothing(tmp_path):
-    with pytest.raises(UserError, match='holds no checkpoints'):
+    with pytest.raises(UserError, match=r'nowhere/config\.json does not exist: give the --workdir of a training run'):
         evaluate.evaluate_best(tiny.config(), tmp_path / 'nowhere')
     assert not (tmp_path / 'nowhere').exists()
 
