@@ -254,7 +254,7 @@ def test_the_report_names_the_classes_and_the_files(finished_run):
         ({'model.backbone': 'b9'}, r"config\.model\.backbone='b9' is unknown"),
         ({'optimizer.name': 'lion'}, r"config\.optimizer\.name='lion' is unknown"),
         ({'train.freeze': 'stem'}, r"config\.train\.freeze='stem' matches no parameter: paths look like \w+/"),
-        ({'train.init_from': '/nowhere'}, r'/nowhere/config\.json does not exist: give the --workdir'),
+        ({'train.init_from': '/nowhere'}, r'/nowhere holds no checkpoints: set config\.train\.init_from to a run'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
 )

@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from effdet_jax import config as run_config
 from effdet_jax.errors import UserError
-from effdet_jax.records.checkpoint import load_variables
+from effdet_jax.records.checkpoint import has_checkpoints, load_variables
 from effdet_jax.records.metrics import say, table
 from effdet_jax.training.state import Variables
 
@@ -23,6 +23,8 @@ Row = tuple[str, int, int, int]  # part, parameters loaded, re-initialised, skip
 
 def check_start(workdir: Path, shapes: Variables) -> None:
     """Raises UserError where `start_from` would: now, before anything is written, and without keeping the weights."""
+    if not has_checkpoints(workdir):
+        raise UserError(f'{workdir} holds no checkpoints: set config.train.init_from to a run that has saved one')
     transfer(shapes, load_variables(workdir, run_config.load(workdir).checkpoint.best)[1])
 
 
