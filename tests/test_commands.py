@@ -195,7 +195,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path):
     train = ('main', config, '--workdir=~/run', '--config.train.init_from=~/other')
     code, _, error = start(*train, cwd=here, HOME=str(home))
     assert code == 1
-    assert error.startswith(f'error: {home}/other/config.json does not exist: ')
+    assert error.startswith(f'error: {home}/other holds no checkpoints: set config.train.init_from to a run')
     assert list(here.iterdir()) == []
     unknown = 'error: ~nobody-of-this-name/run: there is no such home folder: write the whole path\n'
     assert start('report', '--workdir=~nobody-of-this-name/run') == (2, '', unknown)
