@@ -119,7 +119,7 @@ def load(workdir: Path) -> Any:  # a ConfigDict, whose keys no type checker know
     return config
 
 
-def load_detector(workdir: Path) -> ConfigDict:
+def load_detector(workdir: Path) -> Any:  # as `load`
     """The config of a run that is to detect. Only `DETECTOR_KEYS` are checked: its training is over.
 
     Raises:

@@ -104,7 +104,7 @@ def export(workdir: Path, out: Path, format_name: str, outputs: str, batch: int 
 
 
 def _original(workdir: Path) -> Original:
-    config: Any = run_config.load(workdir)
+    config = run_config.load_detector(workdir)
     if not config.dataset.class_names:
         raise UserError(f'{workdir} holds a backbone alone: train a detector from it with config.train.init_from')
     if config.model.dtype != 'float32':
