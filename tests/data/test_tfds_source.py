@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effdet_jax import train
+from effdet_jax import evaluate
 from effdet_jax.configs import coco, default
 from effdet_jax.data import eval_batches, fingerprint, open_source, survey
 from effdet_jax.errors import UserError
@@ -150,7 +150,7 @@ def test_coco_has_its_own_ids(tmp_path, monkeypatch):
     (label,) = source[0].annotations.labels
     assert source.category_ids[label] == 90
     config = default.get_config('d0', 'coco2017')
-    train.remember_classes(config, source, config.dataset.category_ids)  # what a Detector reads from config.json
+    evaluate.remember_classes(config, source, config.dataset.category_ids)  # what a Detector reads from config.json
     assert dict(zip(config.dataset.class_names, config.dataset.category_ids, strict=True)) == id_of
     assert open_source(spec, 'train', coco.CLASS_NAMES).category_ids == coco.CATEGORY_IDS
     assert open_source(spec, 'train', ('toothbrush', 'dragon', 'tv')).category_ids[::2] == (90, 72)
