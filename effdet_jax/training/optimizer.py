@@ -137,7 +137,9 @@ def scale_by_learning_rate(schedule: Callable) -> optax.GradientTransformationEx
 def make_schedule(c: Any, batch_size: int, steps_per_epoch: int, total_steps: int) -> Callable[[Any], jax.Array]:
     """Linear warm-up, then the decay that `c.decay` names. Start and rate are scaled with the batch where asked for.
 
-    The cosine counts from step 0, not from the end of the warm-up, as in the official code, and ends at `c.final_rate`.
+    The cosine counts from step 0, not from the end of the warm-up, as in the official code. It ends at `c.final_rate`;
+    the official one divides by the steps after the warm-up, and rises a little at the end (docs/reference.md,
+    Optimization).
     """
     factor = batch_size / REFERENCE_BATCH if c.scale_with_batch else 1.0
     rate, start, final = c.learning_rate * factor, c.warmup_start * factor, c.final_rate
