@@ -319,7 +319,7 @@ def _set_aside(folder: Path, damage: DamagedError) -> Path:
         place = place.with_name(place.name + '-again')
     place.parent.mkdir(exist_ok=True)
     folder.rename(place)
-    warn(f'the checkpoint of step {folder.name} is damaged ({damage}): set aside as {place}')
+    warn(f'the checkpoint of step {folder.name} is damaged ({damage}): moved to {place}')
     return place
 
 

@@ -268,7 +268,7 @@ def test_a_changed_bit_is_noticed_and_the_message_says_what_was_done(two_saved, 
         step, _ = Checkpoints(workdir).restore_latest(state())
     assert step == 1
     assert 'WARNING: the checkpoint of step 2 is damaged (' in printed.get()
-    assert f'): set aside as {workdir}/checkpoints-damaged/2' in ' '.join(printed.get().split())
+    assert f'): moved to {workdir}/checkpoints-damaged/2' in ' '.join(printed.get().split())
 
 
 def test_an_array_that_is_not_what_was_saved_is_noticed_where_all_files_are_well_formed(two_saved, tmp_path):
