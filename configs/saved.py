@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from effdet_jax import config, paths
+from effdet_jax import config
+from effdet_jax.runtime import paths
 
 
 def get_config(workdir: str) -> Any:

@@ -1,10 +1,10 @@
-"""effdet COMMAND FLAGS...: `effdet train --config=configs/d0.py --workdir=runs/d0` is python -m effdet_jax.main ..."""
+"""effdet COMMAND FLAGS..., or the same as python -m effdet_jax COMMAND FLAGS..."""
 
 import runpy
 import sys
 
 import effdet_jax
-from effdet_jax import cli
+from effdet_jax.commands import cli
 
 
 def main() -> None:

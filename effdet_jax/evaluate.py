@@ -15,7 +15,7 @@ from effdet_jax.model import build_model
 from effdet_jax.records import pictures
 from effdet_jax.records.checkpoint import load_variables
 from effdet_jax.records.metrics import say, table, track, warn
-from effdet_jax.training import parallel
+from effdet_jax.runtime import devices
 
 SUMMARY = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'VOC07_AP50', 'VOC_AP50')
 
@@ -61,8 +61,8 @@ def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
     step, variables = load_variables(workdir, config.checkpoint.best)
     inspection.check_sources(config, {'eval': source})
     say(f'evaluating {workdir}, step {step}, on {len(source)} images')
-    detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
-    metrics, found = make_evaluate(config, source, detect)(parallel.replicate(variables))
+    detect = devices.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
+    metrics, found = make_evaluate(config, source, detect)(devices.replicate(variables))
     return BestEvaluation(step, source, metrics, found)
 
 
@@ -86,27 +86,27 @@ def make_evaluate(
       UserError: when more than the share config.dataset.max_unreadable of the images cannot be read.
     """
     c, image_size, names = config.eval, tuple(config.image.size), source.class_names
-    batch_size = parallel.host_batch_size('config.eval.batch_size', c.batch_size)
+    batch_size = devices.host_batch_size('config.eval.batch_size', c.batch_size)
     threads, prefetch = config.dataset.threads, config.dataset.prefetch
     max_unreadable = config.dataset.max_unreadable
     num_batches = -(-len(source) // c.batch_size)
 
     def evaluate(variables: Any) -> tuple[dict[str, float], Found]:
-        host, num_hosts = parallel.host()
+        host, num_hosts = devices.host()
         batches = data.eval_batches(
             source, image_size=image_size, batch_size=batch_size, host=host, num_hosts=num_hosts, threads=threads,
             prefetch=prefetch,
         )  # fmt: skip
         mine: Found = {}
         for batch in track(batches, num_batches, 'evaluating'):
-            arrays = parallel.shard({'image': batch.image, 'valid_size': batch.valid_size})
-            found = parallel.unshard(detect(variables, arrays['image'], arrays['valid_size']))
+            arrays = devices.shard({'image': batch.image, 'valid_size': batch.valid_size})
+            found = devices.unshard(detect(variables, arrays['image'], arrays['valid_size']))
             boxes_xyxy, scores, labels = to_original(found, batch.image_scale)
             for i, annotations in enumerate(batch.annotations):  # padding comes last and has none
                 used = (labels[i] >= 0) & (batch.errors[i] == '')
                 detections = Detections(boxes_xyxy[i][used], scores[i][used], labels[i][used])
                 mine[int(batch.index[i])] = Evaluated(annotations, detections, batch.errors[i])
-        everything = {index: image for part in parallel.gather_objects(mine) for index, image in part.items()}
+        everything = {index: image for part in devices.gather_objects(mine) for index, image in part.items()}
         found = dict(sorted(everything.items()))
         errors = [image.error for image in found.values() if image.error]
         for error in errors:

@@ -222,4 +222,4 @@ def _stem(finding: Finding) -> str:
 def _command() -> str:
     """What the user types to see more: with the flags of this very run, as far as they say what the data are."""
     flags = [argument for argument in sys.argv[1:] if argument.startswith('--config')]
-    return f'python -m effdet_jax.check_data {" ".join(map(shlex.quote, flags)) or "--config=FILE"}'
+    return f'python -m effdet_jax check-data {" ".join(map(shlex.quote, flags)) or "--config=FILE"}'

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from effdet_jax import cli
+from effdet_jax.commands import cli
 
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'FILE or FILE:PRESET, e.g. configs/d3.py:voc2007', lock_config=True
@@ -39,11 +39,11 @@ def main(arguments: Sequence[str]) -> None:
     if not WORKDIR.value:
         say(f'work directory: {workdir} (--workdir=DIR names another)')
     from effdet_jax import evaluate, train  # after the flags: --help must not wait for jax
-    from effdet_jax.training import parallel
+    from effdet_jax.runtime import devices
 
-    parallel.start_hosts(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    devices.start_hosts(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     run = {'train': train.train_and_evaluate, 'eval': evaluate.evaluate_best}[MODE.value]
-    with parallel.failing_together():
+    with devices.failing_together():
         metrics = run(CONFIG.value, workdir)
     if metrics:  # a run that was told to stop has none
         train.report(metrics, workdir)

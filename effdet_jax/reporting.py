@@ -23,7 +23,7 @@ from effdet_jax.records.charts import SERIES, Line
 from effdet_jax.records.files import write_atomically
 from effdet_jax.records.metrics import read_metrics, say
 from effdet_jax.records.sessions import read_sessions
-from effdet_jax.training import parallel
+from effdet_jax.runtime import devices
 
 FILE = 'report.html'
 NUM_PICTURES = 4  # of the worst, and of the best images
@@ -78,7 +78,7 @@ def write_after_training(
         write_report(config, workdir, workdir / FILE, source, step, metrics, found)
     except Exception as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        say(f'note: no {FILE} ({reason}); python -m effdet_jax.report --workdir={workdir} tries again')
+        say(f'note: no {FILE} ({reason}); python -m effdet_jax report --workdir={workdir} tries again')
 
 
 def _split(config: Any) -> str:
@@ -256,7 +256,7 @@ def _machine(workdir: Path, config: Any) -> dict[str, Any]:
         chart = charts.line_chart('speed', [line], x_label='step')
     return {
         'sessions': read_sessions(workdir),
-        'evaluated_on': parallel.describe_devices(),
+        'evaluated_on': devices.describe_devices(),
         'images_per_second': float(np.median(speeds[used])) if used.any() else None,
         'waiting': float(np.median([row['train/waiting_for_data'] for row in rows])) if rows else None,
         'hours': float(np.sum(steps[used] * config.train.batch_size / speeds[used]) / 3600) if used.any() else None,

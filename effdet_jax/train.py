@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from effdet_jax import config as run_config
-from effdet_jax import data, evaluate, inspection, startup
+from effdet_jax import data, evaluate, inspection
 from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import build_model
@@ -20,9 +20,10 @@ from effdet_jax.records.files import only_process
 from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, answer, read_metrics, say
 from effdet_jax.records.sessions import record_session
 from effdet_jax.records.wandb_run import WandbRun, import_wandb
-from effdet_jax.training import incidents, parallel
+from effdet_jax.runtime import devices, process
+from effdet_jax.runtime.signals import notices
+from effdet_jax.training import incidents
 from effdet_jax.training.optimizer import check_freeze, thaw_step
-from effdet_jax.training.preemption import notices
 from effdet_jax.training.state import TrainState, arrays_like, init_state, init_variables, state_shapes
 from effdet_jax.training.step import map_train_step
 from effdet_jax.training.transfer import check_start, start_from
@@ -40,29 +41,29 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
       UserError: for anything in the config, the data or the work directory that the user can mend.
     """
     run = build(config, workdir)
-    say(f'{run.name}: {run.total_steps} steps of {run.batch_size} images on {parallel.describe_devices()}')
+    say(f'{run.name}: {run.total_steps} steps of {run.batch_size} images on {devices.describe_devices()}')
     pending, counts, waiting, metrics, found, stops = [], Counter(), Waiting(), {}, {}, False
     with (
         resumed(run, config) as state,
-        MetricsLog(workdir / parallel.host_folder(), run.first_step, run.open_mirror()) as log,
+        MetricsLog(workdir / devices.host_folder(), run.first_step, run.open_mirror()) as log,
         Progress(run.total_steps, run.first_step, description='training') as progress,
         notices() as stop_is_asked,
     ):
-        if parallel.is_first_host():
-            record_session(workdir, run.first_step, parallel.describe_devices())
+        if devices.is_first_host():
+            record_session(workdir, run.first_step, devices.describe_devices())
         log.text('config', f'```json\n{config.to_json_best_effort(indent=2)}\n```')
         log.hyper_parameters(dict(run_config.flatten(run.config)), COMPARED)
         for step in range(run.first_step + 1, run.total_steps + 1):
             with waiting:
                 batch = next(run.batches)
-            state, step_metrics = run.train_step(state, parallel.shard(batch), step - 1 < run.thaw_step)
+            state, step_metrics = run.train_step(state, devices.shard(batch), step - 1 < run.thaw_step)
             pending.append((step, step_metrics, batch['index']))
             counts['boxes_left_out'] += int(batch['dropped'].sum())  # of images with more than config.dataset.max_boxes
             counts['images_replaced'] += run.unreadable.count(batch['unreadable'])
-            jax.block_until_ready(pending[-1 - parallel.steps_ahead() :][0][1])
+            jax.block_until_ready(pending[-1 - devices.steps_ahead() :][0][1])
             if step == run.first_step + 1:
                 say(f'compiled in {waiting.elapsed():.0f} s')
-                startup.give_back_memory()
+                process.give_back_memory()
                 waiting.reset()
             else:
                 waiting.count(run.batch_size)
@@ -96,7 +97,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     if stops and step < run.total_steps:
         say(f'stopped at step {step} of {run.total_steps}, all saved in {workdir}: the same command continues it')
         return {}
-    if found and parallel.is_first_host():
+    if found and devices.is_first_host():
         from effdet_jax import reporting  # only now: matplotlib takes a second to load
 
         reporting.write_after_training(config, workdir, run.eval_source, run.total_steps, metrics, found)
@@ -143,11 +144,11 @@ class Run:
     def save(self, step: int, state: TrainState, scores: dict[str, float] | None) -> None:
         if self.checkpoints:
             position = self.batches.get_state() | self.training_data  # type: ignore[attr-defined]  # of Grain
-            self.checkpoints.save(step, parallel.first_replica(state), position, self.config, scores)
+            self.checkpoints.save(step, devices.first_replica(state), position, self.config, scores)
 
     def open_mirror(self) -> WandbRun | None:
         """In Weights & Biases, where the config asks for it; of the first host."""
-        return WandbRun(self.wandb, self.workdir) if self.wandb and parallel.is_first_host() else None
+        return WandbRun(self.wandb, self.workdir) if self.wandb and devices.is_first_host() else None
 
     def check(self) -> None:
         """Warns where a checkpoint that was being written could not be."""
@@ -179,17 +180,17 @@ def build(config: Any, workdir: Path) -> Run:
     run_config.refuse_another(config, workdir)
     for line in run_config.changes_to_tell(config, workdir):
         say(f'note: {line}')
-    model = build_model(c.model, len(train_source.class_names), parallel.AXIS)
+    model = build_model(c.model, len(train_source.class_names), devices.AXIS)
     anchors_N4 = image_anchors(c)
 
     t = c.train
-    host_batch = parallel.host_batch_size('config.train.batch_size', t.batch_size, t.accumulate)
+    host_batch = devices.host_batch_size('config.train.batch_size', t.batch_size, t.accumulate)
     steps_per_epoch = max(len(train_source) // t.batch_size, 1)
     total_steps = max(int(t.epochs * steps_per_epoch), 1)
     train_step, optimizer = map_train_step(c, model, anchors_N4, steps_per_epoch, total_steps)
     thaws_at = thaw_step(c, steps_per_epoch)
     inspection.check_sources(c, {'train': train_source, 'eval': eval_source})
-    host, num_hosts = parallel.host()
+    host, num_hosts = devices.host()
     batches = iter(
         data.train_batches(
             train_source, image_size=tuple(c.image.size), batch_size=host_batch, max_boxes=c.dataset.max_boxes,
@@ -200,7 +201,7 @@ def build(config: Any, workdir: Path) -> Run:
 
     unreadable = data.Unreadable(train_source, c.dataset.max_unreadable, answer)
 
-    detect = parallel.map_devices(make_detect(c, model))
+    detect = devices.map_devices(make_detect(c, model))
     evaluate_all = evaluate.make_evaluate(c, eval_source, detect)
 
     seed, init_from, ema_decay, attacked = c.seed, t.init_from, t.ema_decay, c.adversarial.weight > 0
@@ -245,13 +246,13 @@ def resumed(run: Run, config: Any) -> Iterator[TrainState]:
       UserError: where another process has it, it cannot be written, or what it holds does not continue as this run.
     """
     with contextlib.ExitStack() as exits:
-        if parallel.is_first_host():
+        if devices.is_first_host():
             exits.enter_context(only_process(run.workdir))
             run.checkpoints = exits.enter_context(
                 contextlib.closing(Checkpoints(run.workdir, keep=run.keep, best=run.best))
             )
-        yield parallel.replicate(_first_state(run, config))  # no name here: it would stay in memory during the run
-    parallel.meet('saved')  # nobody leaves before the last checkpoint is written
+        yield devices.replicate(_first_state(run, config))  # no name here: it would stay in memory during the run
+    devices.meet('saved')  # nobody leaves before the last checkpoint is written
 
 
 def _first_state(run: Run, config: Any) -> TrainState:
@@ -261,7 +262,7 @@ def _first_state(run: Run, config: Any) -> TrainState:
         step, (state, position) = restored
         _check_position(run, step, {name: position.pop(name) for name in run.training_data if name in position})
         place = step, position
-    place = parallel.gather_objects(place)[0]
+    place = devices.gather_objects(place)[0]
     if run.checkpoints:
         try:
             run_config.save(config, run.workdir)
@@ -274,7 +275,7 @@ def _first_state(run: Run, config: Any) -> TrainState:
     run.first_step, position = place
     run.batches.set_state(position)  # type: ignore[attr-defined]
     say(f'continuing {run.workdir} from step {run.first_step} of {run.total_steps}')
-    return parallel.from_first_host(state, run.state_like)
+    return devices.from_first_host(state, run.state_like)
 
 
 def _check_position(run: Run, step: int, saved: dict[str, Any]) -> None:

@@ -7,12 +7,12 @@ import jax
 import pytest
 import tiny
 
-from effdet_jax import compiling
 from effdet_jax.configs import default
 from effdet_jax.model import build_model, cost
+from effdet_jax.runtime import xla
 
 # The tests compile much and compute little. With these, a training step compiles in a third of the time.
-os.environ['XLA_FLAGS'] = compiling.known_flags(
+os.environ['XLA_FLAGS'] = xla.known_flags(
     *os.environ.get('XLA_FLAGS', '').split(),
     '--xla_backend_optimization_level=0',  # LLVM's; XLA's own passes stay as they are
     '--xla_cpu_use_fusion_emitters=false',

@@ -157,4 +157,4 @@ if __name__ == '__main__':
         print(*finding)
     flags = f'--images --config=configs/bccd.py --config.dataset.max_boxes={MAX_BOXES}'
     flags += f' --config.dataset.source=voc:{copied} --config.dataset.class_names="{CLASS_NAMES}"'
-    print(f'python -m effdet_jax.check_data {flags}')
+    print(f'python -m effdet_jax check-data {flags}')

@@ -9,8 +9,8 @@ import tiny
 from absl.flags import FlagValues
 from ml_collections import config_flags
 
-from effdet_jax import cli  # noqa: F401 (it says how tuples and numbers are read)
 from effdet_jax import config as run_config
+from effdet_jax.commands import cli  # noqa: F401 (it says how tuples and numbers are read)
 from effdet_jax.configs import bccd, default, own_data, scaling
 from effdet_jax.configs.recipes import RECIPES
 from effdet_jax.errors import UserError

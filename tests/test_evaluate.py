@@ -11,7 +11,7 @@ from effdet_jax import data, evaluate
 from effdet_jax.detection.postprocess import Detections
 from effdet_jax.errors import UnreadableError, UserError
 from effdet_jax.records import metrics
-from effdet_jax.training import parallel
+from effdet_jax.runtime import devices
 
 NUM_IMAGES, MAX_BOXES = 10, 8  # in batches of four: the last one is half empty
 
@@ -87,12 +87,12 @@ def test_what_is_found_nowhere_else_would_be_missed(source, config, detect):
 def test_two_hosts_count_every_image_once_between_them(source, config, detect, monkeypatch):
     parts = []
     for host in range(2):
-        monkeypatch.setattr(parallel, 'host', lambda host=host: (host, 2))
-        monkeypatch.setattr(parallel, 'gather_objects', lambda part: parts.append(part) or [part])
+        monkeypatch.setattr(devices, 'host', lambda host=host: (host, 2))
+        monkeypatch.setattr(devices, 'gather_objects', lambda part: parts.append(part) or [part])
         evaluate.make_evaluate(config, source, detect)(None)
     assert sorted([*parts[0], *parts[1]]) == list(range(NUM_IMAGES))
 
-    monkeypatch.setattr(parallel, 'gather_objects', lambda part: parts)
+    monkeypatch.setattr(devices, 'gather_objects', lambda part: parts)
     numbers, found = evaluate.make_evaluate(config, source, detect)(None)
     assert list(found) == list(range(NUM_IMAGES))
     assert numbers['AP'] == pytest.approx(1, abs=1e-6)

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from effdet_jax import compiling
+from effdet_jax.runtime import xla
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / 'experiments' / 'colab.ipynb'
@@ -26,7 +26,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
         'PYTHONPATH': str(ROOT),
         'EFFDET_TINY': '1',
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': compiling.known_flags('--xla_backend_optimization_level=0'),  # it compiles in half the time
+        'XLA_FLAGS': xla.known_flags('--xla_backend_optimization_level=0'),  # it compiles in half the time
         'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'jax'),
         'IPYTHONDIR': str(tmp_path / 'ipython'),
     }

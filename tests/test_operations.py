@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from effdet_jax import compiling
+from effdet_jax.runtime import xla
 from experiments.benchmarks import operations
 from experiments.benchmarks.operations import BACKBONE, DEPTHWISE, FUSION, LAYOUT, REST, SQUEEZE, STEM, Instruction
 
@@ -13,7 +13,7 @@ def test_a_compiled_programs_products_are_found_with_their_sizes():
             return jnp.tanh(rows) @ kernel
 
     shapes = (jax.ShapeDtypeStruct((400, 24), jnp.float32), jax.ShapeDtypeStruct((24, 40), jnp.float32))
-    instructions = operations._instructions(compiling.jit(product).lower(*shapes).compile().as_text())
+    instructions = operations._instructions(xla.jit(product).lower(*shapes).compile().as_text())
     (name,) = (name for name, found in instructions.items() if found.operation == 'dot')
     assert instructions[name].shape == (400, 40) and operations._our_kind(instructions[name]) == BACKBONE
     assert operations._our_product(name, instructions) == (400, 32, 48)  # filled up to 16 channels

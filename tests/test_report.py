@@ -168,7 +168,7 @@ def test_the_command_reports_the_best_checkpoint_on_any_split(finished_run, tmp_
     out = tmp_path / 'made' / 'page.html'
     done = subprocess.run(
         [
-            sys.executable, '-m', 'effdet_jax.report', f'--workdir={workdir}', f'--out={out}',
+            sys.executable, '-m', 'effdet_jax', 'report', f'--workdir={workdir}', f'--out={out}',
             '--config.dataset.eval_split=1000000:1000004',
         ],
         cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, check=False,
@@ -181,7 +181,7 @@ def test_the_command_reports_the_best_checkpoint_on_any_split(finished_run, tmp_
 
 
 def test_help_does_not_wait_for_jax():
-    code = 'import sys, effdet_jax.report; assert not {"jax", "matplotlib"} & {*sys.modules}'
+    code = 'import sys, effdet_jax.commands.report; assert not {"jax", "matplotlib"} & {*sys.modules}'
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from effdet_jax.errors import UnreadableError
-from effdet_jax.paths import IMAGE_SUFFIXES
+from effdet_jax.runtime.paths import IMAGE_SUFFIXES
 
 MAX_BYTES = 2**31 - 1  # of a file; OpenCV's decoders take no more
 

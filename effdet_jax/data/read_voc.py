@@ -26,7 +26,7 @@ from effdet_jax.data.listing import (
     truth,
 )
 from effdet_jax.errors import UnreadableError, UserError
-from effdet_jax.paths import IMAGE_SUFFIXES
+from effdet_jax.runtime.paths import IMAGE_SUFFIXES
 
 
 def read_voc(root: Path, split: str, class_names: Sequence[str] = ()) -> Listing:

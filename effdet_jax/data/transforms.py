@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from effdet_jax import paths
 from effdet_jax.data.files import read_bytes
 from effdet_jax.errors import UnreadableError
+from effdet_jax.runtime import paths
 
 # What an image may claim to be before any of it is decoded: 537 MB as RGB. Far above any camera; a bomb claims more.
 MAX_PIXELS = 178_956_970

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from effdet_jax import compiling, paths
 from effdet_jax import config as run_config
 from effdet_jax.detection import anchors, preprocess
 from effdet_jax.detection.postprocess import Detections as NetworkDetections
@@ -22,6 +21,7 @@ from effdet_jax.inference.images import ImageLike, are_several, to_array
 from effdet_jax.model import EfficientDet, Outputs, build_model
 from effdet_jax.model.batch_norm import fold
 from effdet_jax.records import checkpoint
+from effdet_jax.runtime import paths, xla
 
 
 class Thresholds(NamedTuple):
@@ -91,7 +91,7 @@ class Detector:
             config.eval.nms = 'hard'
         scales = augmentation.scales if augmentation else (1.0,)
         return cls(
-            [functools.partial(compiling.jit(make_detect_pixels(config, model, scale)), variables) for scale in scales],
+            [functools.partial(xla.jit(make_detect_pixels(config, model, scale)), variables) for scale in scales],
             config.dataset.class_names,
             config.dataset.category_ids,
             Thresholds(config.eval.score_threshold, config.eval.iou_threshold, config.eval.sigma),
@@ -275,7 +275,7 @@ def _of_export(file: Path, batch_size: int, augmentation: merge.Augmentation | N
         raise UserError(f'{file} is an export of raw outputs: export with --outputs=boxes for a Detector')
     if augmentation:
         raise UserError(f'{file} is an export, which looks once: give the work directory of its run')
-    return detector_of(compiling.jit(call), metadata, batch_size)
+    return detector_of(xla.jit(call), metadata, batch_size)
 
 
 def _one_image(found: Sequence[np.ndarray], place: int, width: int, flip: bool) -> merge.Boxes:

@@ -62,7 +62,7 @@ def read_stablehlo(path: Path) -> tuple[Run, dict[str, Any]]:
             program: Any = export.deserialize(bytearray(archive.read('model.stablehlo')))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
-            f'{path} is no StableHLO export ({error}): give a work directory, or a file of effdet_jax.export'
+            f'{path} is no StableHLO export ({error}): give a work directory, or a file that `effdet export` wrote'
         ) from error
     return program.call, metadata
 

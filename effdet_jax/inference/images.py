@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from effdet_jax import paths
 from effdet_jax.data import decode, read_image
 from effdet_jax.errors import UserError
+from effdet_jax.runtime import paths
 
 ImageLike = np.ndarray | jax.Array | Image.Image | str | os.PathLike[str]
 DECODED_AS_PNG = ('LA', 'P', 'RGBA', 'I;16')  # modes that take more than Pillow's `convert`

@@ -258,7 +258,7 @@ class Checkpoints:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: the loop asks jax (training/preemption.py), and a step that it has left behind would mislead jax."""
+        """Never: the loop asks jax (runtime/signals.py), and a step that it has left behind would mislead jax."""
         return False
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from effdet_jax import startup
 from effdet_jax.errors import UserError
+from effdet_jax.runtime import process
 
 try:
     import fcntl
 except ImportError as error:  # commands have said it before, in one line
-    raise ImportError(startup.problem()) from error
+    raise ImportError(process.problem()) from error
 
 MAX_WAITING = 1 << 26  # bytes of records that wait for a disk to take them
 

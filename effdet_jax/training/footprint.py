@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from effdet_jax import startup
 from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet
-from effdet_jax.training import parallel
+from effdet_jax.runtime import devices, process
 from effdet_jax.training.state import TrainState, state_shapes
 from effdet_jax.training.step import MappedStep, compile_step, map_train_step
 
@@ -48,7 +47,7 @@ class PlannedStep:
 
     def lower(self, batch: HostBatch) -> jax.stages.Lowered:
         """For batches of these shapes."""
-        return self.mapped.lower(replicated(self.state), parallel.shard(batch), self.frozen)
+        return self.mapped.lower(replicated(self.state), devices.shard(batch), self.frozen)
 
     def memory(self, batch: HostBatch, compiled: jax.stages.Compiled | None) -> StepMemory:
         """Of a step on such a batch, which is divided among the devices of this host."""
@@ -64,18 +63,18 @@ class PlannedStep:
     def random_state(self) -> TrainState:
         """On the devices; its values mean nothing."""
         rng = np.random.default_rng(0)
-        return parallel.replicate(jax.tree.map(lambda x: rng.uniform(0, 0.02, x.shape).astype(x.dtype), self.state))
+        return devices.replicate(jax.tree.map(lambda x: rng.uniform(0, 0.02, x.shape).astype(x.dtype), self.state))
 
 
 def seconds_per_step(compiled: jax.stages.Compiled, state: TrainState, batch: HostBatch) -> float:
     """The mean of as many steps as take `SECONDS`, called as the training loop does; `state` is used up."""
-    state, metrics = jax.block_until_ready(compiled(state, parallel.shard(batch)))
-    startup.give_back_memory()
+    state, metrics = jax.block_until_ready(compiled(state, devices.shard(batch)))
+    process.give_back_memory()
     pending, start = [metrics], perf_counter()
     while (steps := len(pending) - 1) < 2 or perf_counter() - start < SECONDS:
-        state, metrics = compiled(state, parallel.shard(batch))
+        state, metrics = compiled(state, devices.shard(batch))
         pending.append(metrics)
-        jax.block_until_ready(pending[-1 - parallel.steps_ahead()])
+        jax.block_until_ready(pending[-1 - devices.steps_ahead()])
     jax.block_until_ready(state)
     return (perf_counter() - start) / steps
 
@@ -111,8 +110,8 @@ def compile_layout(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def replicated(shapes: Any) -> Any:
-    """Shapes as `parallel.replicate` makes them."""
-    return jax.eval_shape(parallel.replicate, shapes)
+    """Shapes as `devices.replicate` makes them."""
+    return jax.eval_shape(devices.replicate, shapes)
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:

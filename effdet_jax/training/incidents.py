@@ -13,7 +13,7 @@ import numpy as np
 from effdet_jax import data
 from effdet_jax.errors import UserError
 from effdet_jax.records.metrics import MetricsLog, warn
-from effdet_jax.training import parallel
+from effdet_jax.runtime import devices
 
 WINDOW, ENOUGH = 200, 20  # losses that the next one is compared with: at most, at least
 TIMES_MEDIAN = 2.0
@@ -53,7 +53,7 @@ def make_watch(source: data.Source, workdir: Path, max_skipped: int) -> Callable
         for step, values, index_B in rows:
             if incident := incidents.see(step, values):
                 # Every host has seen the same numbers, so all of them come by here.
-                indices = [int(index) for part in parallel.gather_objects(index_B) for index in part]
+                indices = [int(index) for part in devices.gather_objects(index_B) for index in part]
                 log.incident(step, incident.as_json() | {'images': [describe(index) for index in indices]})
                 skipped = incident.kind == 'skipped'
                 effect = 'the step is skipped' if skipped else f'{incident.usual_loss:.4g} was usual'

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from effdet_jax import compiling
 from effdet_jax.records.deployed import deployed
+from effdet_jax.runtime import xla
 from effdet_jax.training.adversarial import with_auxiliary
 from effdet_jax.weights.names import shapes_of
 
@@ -36,7 +36,7 @@ class TrainState:
 def init_variables(model: nn.Module, seed: int) -> Variables:
     """Fresh parameters and batch statistics. Their shapes do not depend on the image size."""
     images = jnp.zeros((1, 64, 64, 3))
-    return compiling.once(lambda key: model.init(key, images), jax.random.key(seed))
+    return xla.once(lambda key: model.init(key, images), jax.random.key(seed))
 
 
 def init_state(

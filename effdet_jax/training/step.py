@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from effdet_jax import compiling, startup
 from effdet_jax.detection import assignment
 from effdet_jax.model import EfficientDet
 from effdet_jax.model.batch_norm import BatchNorm
 from effdet_jax.records.metrics import warn
-from effdet_jax.training import augment, parallel
+from effdet_jax.runtime import devices, process, xla
+from effdet_jax.training import augment
 from effdet_jax.training.objective import Examples, Metrics, make_objective
 from effdet_jax.training.optimizer import is_kernel, make_optimizer, path_matches, squared_norm
 from effdet_jax.training.state import BATCH_STATS_DECAY, TrainState, Variables, averaging_weight, moving_average
@@ -45,15 +45,15 @@ class MappedStep:
     """
 
     def __init__(self, step: Callable) -> None:
-        self._mapped = parallel.map_devices(step, donate=(0,), static=(2,))
+        self._mapped = devices.map_devices(step, donate=(0,), static=(2,))
         self._compiled: dict[bool, jax.stages.Compiled] = {}
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any], frozen: bool) -> tuple[TrainState, Metrics]:
-        if not compiling.options(compiling.TRAINING) or jax.process_count() > 1:
+        if not xla.options(xla.TRAINING) or jax.process_count() > 1:
             return self._mapped(state, batch, frozen)  # of several hosts, a compiled program would want all arrays
         if frozen not in self._compiled:
             self._compiled[frozen] = compile_step(self.lower(state, batch, frozen))
-            startup.give_back_memory()
+            process.give_back_memory()
         return self._compiled[frozen](state, batch)
 
     def lower(self, state: TrainState, batch: Mapping[str, Any], frozen: bool) -> jax.stages.Lowered:
@@ -63,7 +63,7 @@ class MappedStep:
 
 def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, Any] = MappingProxyType({})) -> jax.stages.Compiled:
     """With the options that are best for a training step on this platform, and with these."""
-    options = {**compiling.options(compiling.TRAINING), **options}
+    options = {**xla.options(xla.TRAINING), **options}
     try:
         return lowered.compile(options or None)
     except jax.errors.JaxRuntimeError as error:

@@ -21,13 +21,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from effdet_jax import measuring
+from effdet_jax.commands.benchmark.peaks import peak
 from effdet_jax.configs import default
 from effdet_jax.model import build_model, cost, depthwise
 from effdet_jax.model.layers import DepthwiseConv
-from effdet_jax.peaks import peak
 from effdet_jax.records.files import write_atomically
 from effdet_jax.records.metrics import table
+from effdet_jax.runtime import timing
 
 SECONDS = 0.05  # of a block
 BLOCKS = 5
@@ -136,8 +136,8 @@ def measure(layer: Layer, batch: int, dtype: str) -> dict[str, Any]:
 def _seconds(call: Callable[[], Any]) -> float:
     wait = jax.block_until_ready
     wait(call())
-    calls = measuring.calls_in(SECONDS, measuring.seconds_of(lambda: wait(call())))
-    return measuring.spread([measuring.seconds_per_call(call, wait, calls, AHEAD) for _ in range(BLOCKS)]).median
+    calls = timing.calls_in(SECONDS, timing.seconds_of(lambda: wait(call())))
+    return timing.spread([timing.seconds_per_call(call, wait, calls, AHEAD) for _ in range(BLOCKS)]).median
 
 
 def summary(report: dict[str, Any], rows: list[dict[str, Any]], wanted: int) -> str:

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 
-from effdet_jax import measuring
 from effdet_jax.evaluation import Detections, GroundTruth, coco_metrics
 from effdet_jax.records.metrics import say, stage, table
+from effdet_jax.runtime import timing
 
 CLASSES = 80
 OBJECTS = 7.3  # of an image: 36,781 in 5,000
@@ -27,8 +27,8 @@ def main(images: int = 5000, detections: int = 100, repeats: int = 3) -> None:
     seconds = []
     for _ in range(repeats):
         with stage('evaluating'):
-            seconds.append(measuring.seconds_of(lambda: metrics.update(coco_metrics(truths, found, names))))
-    s = measuring.spread(seconds)
+            seconds.append(timing.seconds_of(lambda: metrics.update(coco_metrics(truths, found, names))))
+    s = timing.spread(seconds)
     row = (
         images,
         images * detections,

@@ -24,13 +24,14 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from effdet_jax import cli, measuring
+from effdet_jax.commands import cli
+from effdet_jax.commands.plan.planner import device_memory, line_through, parse_bytes
 from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
-from effdet_jax.planner import device_memory, line_through, parse_bytes
 from effdet_jax.records.files import write_atomically
 from effdet_jax.records.metrics import answer, say, table
-from effdet_jax.training import footprint, parallel
+from effdet_jax.runtime import devices, timing
+from effdet_jax.training import footprint
 from effdet_jax.training.step import compile_step
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'FILE', lock_config=True)
@@ -44,7 +45,7 @@ Row = dict[str, Any]
 
 
 def main(_) -> None:
-    config, report = CONFIG.value, {'device': parallel.describe_devices(), 'jax': jax.__version__, 'rows': []}
+    config, report = CONFIG.value, {'device': devices.describe_devices(), 'jax': jax.__version__, 'rows': []}
     say(f'{report["device"]}, jax {jax.__version__}, Python {sys.version.split()[0]}\n')
 
     def keep(row: Row) -> None:
@@ -90,15 +91,15 @@ def measure(config: Any, batch: int, limit: float = math.inf) -> Row:
     state, on_cpu = step.random_state(), jax.default_backend() == 'cpu'
     before = 0
     if on_cpu:
-        measuring.settle()
-        before = measuring.resident_bytes() - footprint.tree_bytes(step.state)
+        timing.settle()
+        before = timing.resident_bytes() - footprint.tree_bytes(step.state)
     seconds = footprint.seconds_per_step(compiled, state, arrays)
-    measured = measuring.peak_bytes() - before if on_cpu else jax.local_devices()[0].memory_stats()['peak_bytes_in_use']
+    measured = timing.peak_bytes() - before if on_cpu else jax.local_devices()[0].memory_stats()['peak_bytes_in_use']
     return {'batch': batch, 'predicted': predicted, 'measured': measured, 'seconds': seconds}
 
 
 def _step(config: Any) -> footprint.PlannedStep:
-    model = build_model(config.model, NUM_CLASSES, parallel.AXIS)
+    model = build_model(config.model, NUM_CLASSES, devices.AXIS)
     return footprint.plan_step(config, model, image_anchors(config), frozen=False)
 
 

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from effdet_jax import cli, measuring, startup
+from effdet_jax.commands import cli
 from effdet_jax.records.metrics import say, stage, table
+from effdet_jax.runtime import process, timing
 from experiments.benchmarks import peer_systems
 from experiments.benchmarks.peer_systems import Case, parse_case
 
@@ -89,12 +90,12 @@ def main(arguments: list[str]) -> None:
 
 def _run(module: str, *arguments: str) -> str:
     """What a child prints. One core: XLA then runs what it could run side by side in the order of the program."""
-    from effdet_jax import compiling  # only now: it imports jax
+    from effdet_jax.runtime import xla  # only now: it imports jax
 
     environment = os.environ | {
         'JAX_COMPILATION_CACHE_DIR': '',
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': compiling.known_flags(IN_ORDER) if arguments[-1] == '1' else '',
+        'XLA_FLAGS': xla.known_flags(IN_ORDER) if arguments[-1] == '1' else '',
     }
     command = [sys.executable, '-m', module, *arguments]
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -152,7 +153,7 @@ def _sums(operations: list[Operation], key: Callable[[Operation], Any]) -> colle
 def child(system: str, case: str, folder: str, cores: str) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
     if system == 'ours':
-        startup.prepare()
+        process.prepare()
     with peer_systems.answers() as answer:
         answer(SYSTEMS[system](parse_case(case), Path(folder), int(cores)))
 
@@ -160,15 +161,15 @@ def child(system: str, case: str, folder: str, cores: str) -> None:
 def ours(case: Case, folder: Path, cores: int) -> dict[str, Any]:
     import jax
 
-    from effdet_jax import compiling
     from effdet_jax.model import build_model
     from effdet_jax.model.batch_norm import fold
+    from effdet_jax.runtime import xla
 
     config = peer_systems.our_config(case, 'cpu')
     model = build_model(config.model, peer_systems.CLASSES)
     variables = fold(peer_systems.our_variables(model, config, folder))
     images = jax.device_put(np.load(folder / peer_systems.INPUTS)['images'])
-    network = compiling.jit(lambda v, x: model.apply(v, x, train=False)).lower(variables, images).compile()
+    network = xla.jit(lambda v, x: model.apply(v, x, train=False)).lower(variables, images).compile()
 
     def call() -> None:
         jax.block_until_ready(network(variables, images))
@@ -309,7 +310,7 @@ def _seconds(call: Callable[[], Any]) -> float:
         for _ in range(CALLS):
             call()
         blocks.append((perf_counter() - start) / CALLS)
-    return measuring.spread(blocks).median
+    return timing.spread(blocks).median
 
 
 def _median(calls: list[dict[str, float]], name: str) -> float:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from effdet_jax import measuring, startup
+from effdet_jax.runtime import process, timing
 
 CLASSES, OBJECTS = 90, 8  # as COCO: classes, objects of a training image
 PHOTO = 480, 640  # height, width of what goes from image to boxes
@@ -63,7 +63,7 @@ def main(system: str, case: str, folder: str, device: str) -> None:
         PREPARATIONS[system](parsed, Path(folder), device)
         return
     if SYSTEMS[system].build in (build_ours, build_our_boxes):
-        startup.prepare()  # as every command of ours does
+        process.prepare()  # as every command of ours does
     with answers() as answer:
         start = perf_counter()
         work = SYSTEMS[system].build(parsed, Path(folder), device)
@@ -73,15 +73,15 @@ def main(system: str, case: str, folder: str, device: str) -> None:
         first_call = perf_counter() - built
         np.savez(Path(folder) / f'{system}.npz', **work.outputs(result))
         del result
-        one = min(measuring.seconds_of(lambda: work.wait(work.call())) for _ in range(FRESH_CALLS))
-        start_peak = measuring.peak_bytes()
-        measuring.settle()
+        one = min(timing.seconds_of(lambda: work.wait(work.call())) for _ in range(FRESH_CALLS))
+        start_peak = timing.peak_bytes()
+        timing.settle()
         ready = {'build_s': built - start, 'first_call_s': first_call, 'call_s': one, 'start_peak': start_peak}
         answer(ready | {'notes': work.notes})
         ahead = 1 if parsed.what == 'train' and device != 'cpu' else 0  # as our loop, and as PyTorch's queues
         for line in sys.stdin:
-            seconds = measuring.seconds_per_call(work.call, work.wait, json.loads(line)['calls'], ahead)
-            answer({'seconds': seconds, 'peak': measuring.peak_bytes(), 'device_peak': work.device_peak()})
+            seconds = timing.seconds_per_call(work.call, work.wait, json.loads(line)['calls'], ahead)
+            answer({'seconds': seconds, 'peak': timing.peak_bytes(), 'device_peak': work.device_peak()})
 
 
 @contextlib.contextmanager
@@ -147,10 +147,10 @@ def build_ours(case: Case, folder: Path, device: str) -> Work:
     import jax
 
     from effdet_jax.model import build_model
-    from effdet_jax.training import parallel
+    from effdet_jax.runtime import devices
 
     config = our_config(case, device)
-    model = build_model(config.model, CLASSES, parallel.AXIS if case.what == 'train' else None)
+    model = build_model(config.model, CLASSES, devices.AXIS if case.what == 'train' else None)
     variables = our_variables(model, config, folder)
     build = {'infer': _our_network, 'train': _our_step}[case.what]
     call, outputs = build(config, model, variables, dict(np.load(folder / INPUTS)))
@@ -161,15 +161,15 @@ def build_our_boxes(case: Case, folder: Path, device: str) -> Work:
     """uint8 photographs in, at most 100 boxes out, through the public `Detector`: resizing, network, soft NMS."""
     import functools
 
-    from effdet_jax import compiling
     from effdet_jax.inference.detector import Detector, Thresholds, make_detect_pixels
     from effdet_jax.model import build_model
     from effdet_jax.model.batch_norm import fold
+    from effdet_jax.runtime import xla
 
     config = our_config(case, device)
     model = build_model(config.model, CLASSES)
     variables = our_variables(model, config, folder)
-    function = functools.partial(compiling.jit(make_detect_pixels(config, model)), fold(variables))
+    function = functools.partial(xla.jit(make_detect_pixels(config, model)), fold(variables))
     names = tuple(f'class {index}' for index in range(CLASSES))
     thresholds = Thresholds(config.eval.score_threshold, config.eval.iou_threshold, config.eval.sigma)
     detector = Detector([function], names, tuple(range(1, CLASSES + 1)), thresholds, batch_size=case.batch)
@@ -199,11 +199,11 @@ def our_variables(model: Any, config: Any, folder: Path) -> Any:
 def _our_network(config: Any, model: Any, variables: Any, inputs: dict[str, np.ndarray]) -> tuple[Callable, Callable]:
     import jax
 
-    from effdet_jax import compiling
     from effdet_jax.model.batch_norm import fold
+    from effdet_jax.runtime import xla
 
     variables = fold(variables)  # as `Detector` does
-    network = compiling.jit(lambda variables, images: model.apply(variables, images, train=False))
+    network = xla.jit(lambda variables, images: model.apply(variables, images, train=False))
     images = jax.device_put(inputs['images'])
 
     def outputs(found: Any) -> dict[str, np.ndarray]:
@@ -217,14 +217,14 @@ def _our_step(config: Any, model: Any, variables: Any, inputs: dict[str, np.ndar
     import jax
 
     from effdet_jax.inference.detector import image_anchors
-    from effdet_jax.training import parallel
+    from effdet_jax.runtime import devices
     from effdet_jax.training.state import init_state
     from effdet_jax.training.step import map_train_step
 
     steps = 10**6  # of an epoch: the rate stays that of the warm-up's beginning
     step, optimizer = map_train_step(config, model, image_anchors(config), steps, steps)
-    state = parallel.replicate(jax.device_get(init_state(variables, optimizer, config.train.ema_decay)))
-    batch = parallel.shard(inputs)
+    state = devices.replicate(jax.device_get(init_state(variables, optimizer, config.train.ema_decay)))
+    batch = devices.shard(inputs)
 
     def call() -> Any:
         nonlocal state
@@ -377,7 +377,7 @@ def _label(labeler: Any, inputs: dict[str, np.ndarray], device: str) -> tuple[di
         seconds.append(perf_counter() - start)
     targets = {f'label_cls_{i}': level.to(device) for i, level in enumerate(class_levels)}
     targets |= {f'label_bbox_{i}': level.to(device) for i, level in enumerate(box_levels)}
-    return targets | {'label_num_positives': positives.to(device)}, measuring.spread(seconds).median
+    return targets | {'label_num_positives': positives.to(device)}, timing.spread(seconds).median
 
 
 def _statistics(model: Any) -> tuple[list[float], list[float]]:

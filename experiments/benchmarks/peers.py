@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from effdet_jax import cli, measuring
+from effdet_jax.commands import cli
 from effdet_jax.errors import UserError
 from effdet_jax.records.files import write_atomically
 from effdet_jax.records.metrics import answer, say, stage, table, track
+from effdet_jax.runtime import timing
 from experiments.benchmarks.peer_systems import SYSTEMS, Case, parse_case
 
 CASES = {
@@ -115,7 +116,7 @@ class Worker:
         self.system = system
         self._process = _start(system, case, folder)
         self.ready = self._answer(ends)
-        self.calls = measuring.calls_in(SECONDS.value, self.ready['call_s'])
+        self.calls = timing.calls_in(SECONDS.value, self.ready['call_s'])
         self.blocks: list[float] = []
         self.last: dict[str, Any] = {}
         self.slept = self.busy_asleep = 0.0
@@ -180,7 +181,7 @@ def compare(case: Case, names: list[str], ends: float = math.inf) -> Iterator[di
                     workers[name] = Worker(name, case, folder, ends)
                     known[name] |= {'ready': workers[name].ready}
                 yield known
-            turns = measuring.in_turns(list(workers), ROUNDS.value)
+            turns = timing.in_turns(list(workers), ROUNDS.value)
             for number, order in enumerate(track(turns, ROUNDS.value, str(case))):
                 if number >= LEAST_ROUNDS and perf_counter() > ends:
                     break
@@ -217,11 +218,11 @@ def _measured(worker: Worker, ours: Worker | None, folder: str) -> dict[str, Any
     notes = worker.ready['notes']
 
     def ratio(more: float = 0.0) -> dict[str, Any] | None:
-        return ours and measuring.paired_ratio(ours.blocks, worker.blocks, more).as_dict()
+        return ours and timing.paired_ratio(ours.blocks, worker.blocks, more).as_dict()
 
     return {
         'title': SYSTEMS[worker.system].title,
-        'seconds': measuring.spread(worker.blocks).as_dict(),
+        'seconds': timing.spread(worker.blocks).as_dict(),
         'ours / this': ratio(),
         'ours / this with labels': ratio(notes.get('labels_s', 0.0)),
         'first_call_s': worker.ready['first_call_s'],
@@ -274,7 +275,7 @@ def summary(case: Case, compared: dict[str, Any]) -> str:
     text = table(header, rows, f'{case}, {ROUNDS.value} rounds, {DEVICE.value}\n') if rows else str(case)
     blocks = [compared[name]['blocks'] for name in ('boxes', 'ours') if 'blocks' in compared.get(name, {})]
     if len(blocks) == 2:
-        text += f'\n\nImage to boxes / network only: {_ratio(measuring.paired_ratio(*blocks).as_dict())}'
+        text += f'\n\nImage to boxes / network only: {_ratio(timing.paired_ratio(*blocks).as_dict())}'
     failed = [f'\n\n{m["title"]}: {m["failed"]}' for m in compared.values() if 'failed' in m]
     return text + ''.join(failed)
 

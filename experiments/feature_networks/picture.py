@@ -7,7 +7,7 @@ import sys
 
 import matplotlib.pyplot as plt
 
-from effdet_jax import planner
+from effdet_jax.commands.plan import planner
 from effdet_jax.configs import default
 from effdet_jax.model.feature_network import FEATURE_NETWORKS
 from effdet_jax.records import network_drawing

@@ -7,7 +7,7 @@ r"""Feature networks with equal backbone and heads: AP, its spread, parameters, 
 
 import sys
 
-from effdet_jax import planner
+from effdet_jax.commands.plan import planner
 from effdet_jax.configs import default
 from experiments import sweeps
 

@@ -9,12 +9,12 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from effdet_jax import measuring, startup
 from effdet_jax.configs import default
 from effdet_jax.model import build_model
 from effdet_jax.model.batch_norm import fold
 from effdet_jax.records.metrics import say, table, track
-from effdet_jax.training.parallel import describe_devices
+from effdet_jax.runtime import process, timing
+from effdet_jax.runtime.devices import describe_devices
 from effdet_jax.weights.names import shapes_of
 
 NETWORKS = (
@@ -31,16 +31,16 @@ def main(size: int = 512, rounds: int = 12) -> None:
     counts = {}
     for label, call in calls.items():
         jax.block_until_ready(call())
-        seconds = measuring.seconds_of(lambda call=call: jax.block_until_ready(call()))
-        counts[label] = measuring.calls_in(SECONDS_OF_A_BLOCK, seconds)
-    for order in track(measuring.in_turns(list(calls), rounds), rounds, 'rounds'):
+        seconds = timing.seconds_of(lambda call=call: jax.block_until_ready(call()))
+        counts[label] = timing.calls_in(SECONDS_OF_A_BLOCK, seconds)
+    for order in track(timing.in_turns(list(calls), rounds), rounds, 'rounds'):
         for label in order:
-            blocks[label].append(measuring.seconds_per_call(calls[label], jax.block_until_ready, counts[label]))
+            blocks[label].append(timing.seconds_per_call(calls[label], jax.block_until_ready, counts[label]))
     first = next(iter(blocks))
     rows = []
     for label, seconds in blocks.items():
-        ratio = measuring.paired_ratio(seconds, blocks[first])
-        rows.append((label, 1e3 * measuring.spread(seconds).median, ratio.median, ratio.error))
+        ratio = timing.paired_ratio(seconds, blocks[first])
+        rows.append((label, 1e3 * timing.spread(seconds).median, ratio.median, ratio.error))
     say(f'D0, {size}x{size}, one image, {describe_devices()}, jax {jax.__version__}, {rounds} rounds\n')
     say(table(('network, fusion', 'ms', f'/ {first}', '± error'), rows))
 
@@ -55,5 +55,5 @@ def network(name: str, fusion: str, images: jax.Array) -> functools.partial:
 
 
 if __name__ == '__main__':
-    startup.use_huge_pages()
+    process.use_huge_pages()
     main(*map(int, sys.argv[1:]))

@@ -20,8 +20,9 @@ from effdet_jax import train
 from effdet_jax.configs import quickstart
 from effdet_jax.records.checkpoint import Checkpoints
 from effdet_jax.records.metrics import MetricsLog, table
-from effdet_jax.training import incidents, parallel, step
-from effdet_jax.training.preemption import notices
+from effdet_jax.runtime import devices
+from effdet_jax.runtime.signals import notices
+from effdet_jax.training import incidents, step
 
 FORMS = {
     'no guard': lambda finite, yes, no, *operands: yes(*operands),
@@ -49,7 +50,7 @@ def take_steps(either: Callable) -> Callable[[], Any]:
     """A function that takes one more step of a run of its own, waits for it and returns its metrics."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(step, 'either', either):
         run = train.build(quickstart.get_config(), Path(folder))
-        state, batch = parallel.replicate(run.initial_state()), parallel.shard(next(run.batches))
+        state, batch = devices.replicate(run.initial_state()), devices.shard(next(run.batches))
 
         def take() -> Any:
             nonlocal state

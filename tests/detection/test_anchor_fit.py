@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from effdet_jax import anchor_report, inspection
+from effdet_jax import inspection
+from effdet_jax.commands.plan import anchor_report
 from effdet_jax.configs import default
 from effdet_jax.detection import anchor_fit
 from effdet_jax.detection.anchor_fit import Anchors

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from nms_oracle import random_boxes, slow_nms
 
-from effdet_jax import compiling
 from effdet_jax.detection import postprocess as postprocessing
 from effdet_jax.detection.postprocess import best_pairs, postprocess
 from effdet_jax.detection.preprocess import normalize
+from effdet_jax.runtime import xla
 
 ANCHORS, CLASSES = 30, 4
 VALID_SIZE = np.array([25, 18])
@@ -108,7 +108,7 @@ def test_where_few_candidates_settle_it_the_others_are_not_looked_for():
     def detect(logits, regressions):
         return postprocess(logits, regressions, jnp.ones((2000, 4)), jnp.array([9, 9]), kind='hard')
 
-    lowered = compiling.jit(jax.vmap(detect)).lower(np.zeros((1, 2000, 3)), np.zeros((1, 2000, 4)))
+    lowered = xla.jit(jax.vmap(detect)).lower(np.zeros((1, 2000, 3)), np.zeros((1, 2000, 4)))
     text = lowered.compile().as_text()
     assert text.count('custom_call_target="TopK"') == 2
     assert text[text.index('\nENTRY') :].count('custom_call_target="TopK"') == 1
@@ -188,7 +188,7 @@ def test_the_best_pairs_are_those_of_a_search_through_all(count):
 def test_a_search_for_few_pairs_does_not_sort_all():
     """XLA's selection is many times quicker than its sort, and small changes around it lead to the latter."""
     logits = np.zeros((1, 49104, 90), np.float32)
-    text = compiling.jit(jax.vmap(lambda x: best_pairs(x, 5000))).lower(logits).compile().as_text()
+    text = xla.jit(jax.vmap(lambda x: best_pairs(x, 5000))).lower(logits).compile().as_text()
     assert text.count('custom_call_target="TopK"') == 1
     assert not re.findall(r' sort\(', text)
 

@@ -13,7 +13,7 @@ from effdet_jax.inference import Augmentation, Detector
 from effdet_jax.inference.detector import Thresholds, image_anchors, make_detect, to_original
 from effdet_jax.model import build_model
 from effdet_jax.records.checkpoint import load_variables
-from effdet_jax.training import parallel
+from effdet_jax.runtime import devices
 
 BLANK = np.zeros((8, 8, 3), np.uint8)
 
@@ -35,8 +35,8 @@ class FittingSizes(tiny.ManySizes):
 
 def test_it_finds_what_evaluation_finds(detector, finished_run):
     config, source = tiny.config(), FittingSizes(4)
-    detect = parallel.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
-    variables = parallel.replicate(load_variables(finished_run[0], 'eval/AP')[1])
+    detect = devices.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
+    variables = devices.replicate(load_variables(finished_run[0], 'eval/AP')[1])
     _, found = evaluate.make_evaluate(config, source, detect)(variables)
     for index, (_, expected, _) in found.items():
         detections = detector(source[index].image)

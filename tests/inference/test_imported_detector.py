@@ -9,7 +9,7 @@ import pytest
 import reference_detector as reference
 import writers
 
-from effdet_jax import importer
+from effdet_jax.commands.import_weights import importer
 from effdet_jax.configs import default
 from effdet_jax.data import read_image
 from effdet_jax.detection.postprocess import postprocess

@@ -15,7 +15,8 @@ from effdet_jax.detection.anchors import make_anchors
 from effdet_jax.inference import Detector, detector
 from effdet_jax.records.checkpoint import Checkpoints, load_variables
 from effdet_jax.records.metrics import MetricsLog, read_metrics
-from effdet_jax.training import adversarial, footprint, parallel
+from effdet_jax.runtime import devices
+from effdet_jax.training import adversarial, footprint
 from effdet_jax.training.optimizer import make_optimizer
 from effdet_jax.training.state import init_state, init_variables
 from effdet_jax.training.step import make_train_step
@@ -224,10 +225,10 @@ def test_accumulation_in_parts_is_one_step_where_batch_norm_is_frozen():
 
 def test_two_devices_compute_what_one_computes():
     """Attacks too meet all images of the batch in the batch norms."""
-    state, step = make(recipe(**ON), tiny.toy(NUM_CLASSES, parallel.AXIS))
+    state, step = make(recipe(**ON), tiny.toy(NUM_CLASSES, devices.AXIS))
     results = []
     for n in (1, 2):
-        mapped = jax.pmap(step, axis_name=parallel.AXIS, static_broadcasted_argnums=2, devices=jax.local_devices()[:n])
+        mapped = jax.pmap(step, axis_name=devices.AXIS, static_broadcasted_argnums=2, devices=jax.local_devices()[:n])
         replicated = jax.tree.map(lambda x, n=n: jnp.stack([x] * n), state)
         batch = {name: x.reshape(n, len(x) // n, *x.shape[1:]) for name, x in BATCH.items()}
         results.append(jax.tree.map(lambda x: x[0], mapped(replicated, batch, False)))

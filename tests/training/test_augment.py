@@ -9,7 +9,8 @@ import tiny
 from effdet_jax.configs import default
 from effdet_jax.detection import preprocess
 from effdet_jax.errors import UserError
-from effdet_jax.training import augment, parallel
+from effdet_jax.runtime import devices
+from effdet_jax.training import augment
 from effdet_jax.training.augment import AUGMENTATIONS, make_augment
 from effdet_jax.training.augmentations.geometry import random_flip
 from effdet_jax.training.augmentations.sample import Sample
@@ -108,8 +109,8 @@ def test_of_each_image_by_itself_with_the_probability_asked_for():
 @pytest.mark.parametrize('images', [4, 8])  # one and two on each of four devices: groups span four and two of them
 def test_four_devices_augment_as_one_does(images, all_on):
     b = {field: batch(images)[field] for field in FIELDS}
-    mapped = parallel.map_devices(lambda key, b: make_augment(config(0.5), parallel.AXIS)(key, b))
-    on_four = parallel.unshard(mapped(parallel.replicate(jax.random.key(7)), parallel.shard(jax.device_get(b))))
+    mapped = devices.map_devices(lambda key, b: make_augment(config(0.5), devices.AXIS)(key, b))
+    on_four = devices.unshard(mapped(devices.replicate(jax.random.key(7)), devices.shard(jax.device_get(b))))
     assert_same(on_four, jax.device_get(all_on(jax.random.key(7), b)))
 
 

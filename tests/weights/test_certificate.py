@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from effdet_jax import importer
+from effdet_jax.commands.import_weights import importer
 from effdet_jax.configs import default
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model

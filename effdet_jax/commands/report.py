@@ -1,0 +1,39 @@
+"""Report: python -m effdet_jax report --workdir=runs/d3 [--out=FILE]
+
+Evaluates the best checkpoint on the run's evaluation split and writes one self-contained HTML page: figures, curves,
+kinds of error, the worst and the best images. Overrides as usual: --config.dataset.source=voc:elsewhere.
+"""
+
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from effdet_jax import config as run_config
+from effdet_jax.commands import cli
+
+CONFIG = config_flags.DEFINE_config_file('config', None, "if not the work directory's own", lock_config=True)
+WORKDIR = flags.DEFINE(cli.PATH, 'workdir', None, 'the training run')
+OUT = flags.DEFINE(cli.PATH, 'out', None, 'the page to write; without it, report.html in the work directory')
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments:
+        raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --workdir=DIR --out=FILE')
+    workdir = WORKDIR.value
+    assert workdir  # required
+    config = CONFIG.value or run_config.load(workdir)  # the latter says what is wrong with the work directory
+    from effdet_jax import evaluate, reporting  # after the flags: --help must not wait for jax
+    from effdet_jax.records.metrics import answer
+    from effdet_jax.runtime import devices
+
+    devices.start_hosts()
+    out = OUT.value or workdir / reporting.FILE
+    best = evaluate.best_evaluation(config, workdir)
+    if devices.is_first_host():
+        reporting.write_report(config, workdir, out, best.source, best.step, best.metrics, best.found)
+        answer(f'AP {best.metrics["AP"]:.3f}  AP50 {best.metrics["AP50"]:.3f}  {out}')
+
+
+if __name__ == '__main__':
+    cli.run(main, required=('workdir',))
