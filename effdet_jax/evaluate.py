@@ -14,7 +14,7 @@ from effdet_jax.inference.detector import make_detect, to_original
 from effdet_jax.model import build_model
 from effdet_jax.records import pictures
 from effdet_jax.records.checkpoint import load_variables
-from effdet_jax.records.metrics import say, table, track, warn
+from effdet_jax.records.console import info, table, track, warn
 from effdet_jax.runtime import devices
 
 SUMMARY = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'VOC07_AP50', 'VOC_AP50')
@@ -60,7 +60,7 @@ def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
     run_config.refuse_another(config, workdir, only=run_config.NETWORK_KEYS)
     step, variables = load_variables(workdir, config.checkpoint.best)
     inspection.check_sources(config, {'eval': source})
-    say(f'evaluating {workdir}, step {step}, on {len(source)} images')
+    info(f'evaluating {workdir}, step {step}, on {len(source)} images')
     detect = devices.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
     metrics, found = make_evaluate(config, source, detect)(devices.replicate(variables))
     return BestEvaluation(step, source, metrics, found)

@@ -16,7 +16,7 @@ from effdet_jax.data import survey
 from effdet_jax.data.checks import KINDS, Finding, first_few
 from effdet_jax.detection import anchors
 from effdet_jax.errors import UserError
-from effdet_jax.records.metrics import answer, track
+from effdet_jax.records.console import result, track
 
 SPLITS = ('train', 'eval')
 SAMPLE = 200  # images looked at before training, where each would have to be read or drawn
@@ -133,14 +133,14 @@ def check_sources(config: Any, sources: dict[str, data.CheckableSource]) -> None
     """
     found = inspect_sources(config, sources, {split: [] for split in SPLITS}, most=SAMPLE)
     for line in summary(found):
-        answer(f'data: {line}')
+        result(f'data: {line}')
     fatal = [f for findings in found.findings.values() for f in findings if f.kind == 'no_objects']
     if fatal:
         raise UserError(f'{fatal[0].message} (see {_command()})')
     if found.count('error') + found.count('warning'):
         counts = ' and '.join(counted(found.count(severity), severity) for severity in ('error', 'warning'))
         sample = f' in {SAMPLE} images of a split' if any(x.sampled for x in found.listings.values()) else ''
-        answer(f'data: {counts}{sample}; to see all: {_command()}')
+        result(f'data: {counts}{sample}; to see all: {_command()}')
 
 
 def counted(number: int, what: str) -> str:

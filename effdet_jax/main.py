@@ -33,11 +33,11 @@ PROCESS_ID = flags.DEFINE_integer('process_id', None, 'several processes: which 
 def main(arguments: Sequence[str]) -> None:
     if arguments:
         raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --config=FILE --workdir=DIR')
-    from effdet_jax.records.metrics import say
+    from effdet_jax.records.console import info
 
     workdir = WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS['config']))
     if not WORKDIR.value:
-        say(f'work directory: {workdir} (--workdir=DIR names another)')
+        info(f'work directory: {workdir} (--workdir=DIR names another)')
     from effdet_jax import evaluate, train  # after the flags: --help must not wait for jax
     from effdet_jax.runtime import devices
 

@@ -20,8 +20,9 @@ from effdet_jax.evaluation import Detections, GroundTruth, analysis, coco_by_siz
 from effdet_jax.evaluation.matching import Kind, Matches, match
 from effdet_jax.records import charts, pictures, report
 from effdet_jax.records.charts import SERIES, Line
+from effdet_jax.records.console import info
 from effdet_jax.records.files import write_atomically
-from effdet_jax.records.metrics import read_metrics, say
+from effdet_jax.records.metrics import read_metrics
 from effdet_jax.records.sessions import read_sessions
 from effdet_jax.runtime import devices
 
@@ -78,7 +79,7 @@ def write_after_training(
         write_report(config, workdir, workdir / FILE, source, step, metrics, found)
     except Exception as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        say(f'note: no {FILE} ({reason}); python -m effdet_jax report --workdir={workdir} tries again')
+        info(f'note: no {FILE} ({reason}); python -m effdet_jax report --workdir={workdir} tries again')
 
 
 def _split(config: Any) -> str:

@@ -16,8 +16,9 @@ from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import image_anchors, make_detect
 from effdet_jax.model import build_model
 from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints
+from effdet_jax.records.console import Progress, info, result
 from effdet_jax.records.files import only_process
-from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, answer, read_metrics, say
+from effdet_jax.records.metrics import MetricsLog, Waiting, read_metrics
 from effdet_jax.records.sessions import record_session
 from effdet_jax.records.wandb_run import WandbRun, import_wandb
 from effdet_jax.runtime import devices, process
@@ -41,7 +42,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
       UserError: for anything in the config, the data or the work directory that the user can mend.
     """
     run = build(config, workdir)
-    say(f'{run.name}: {run.total_steps} steps of {run.batch_size} images on {devices.describe_devices()}')
+    info(f'{run.name}: {run.total_steps} steps of {run.batch_size} images on {devices.describe_devices()}')
     pending, counts, waiting, metrics, found, stops = [], Counter(), Waiting(), {}, {}, False
     with (
         resumed(run, config) as state,
@@ -62,7 +63,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
             counts['images_replaced'] += run.unreadable.count(batch['unreadable'])
             jax.block_until_ready(pending[-1 - devices.steps_ahead() :][0][1])
             if step == run.first_step + 1:
-                say(f'compiled in {waiting.elapsed():.0f} s')
+                info(f'compiled in {waiting.elapsed():.0f} s')
                 process.give_back_memory()
                 waiting.reset()
             else:
@@ -86,7 +87,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
                 metrics, found = run.evaluate(state.best_variables)
                 log.write(step, {f'eval/{name}': value for name, value in metrics.items()})
                 log.pictures(step, evaluate.draw(run.eval_source, found, run.num_pictures))
-                say(f'step {step}  ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in HEADLINE))
+                info(f'step {step}  ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in HEADLINE))
             if saves:
                 log.sync()
                 run.save(step, state, {f'eval/{name}': value for name, value in metrics.items()} if evaluates else None)
@@ -95,7 +96,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
             if stops:
                 break
     if stops and step < run.total_steps:
-        say(f'stopped at step {step} of {run.total_steps}, all saved in {workdir}: the same command continues it')
+        info(f'stopped at step {step} of {run.total_steps}, all saved in {workdir}: the same command continues it')
         return {}
     if found and devices.is_first_host():
         from effdet_jax import reporting  # only now: matplotlib takes a second to load
@@ -179,7 +180,7 @@ def build(config: Any, workdir: Path) -> Run:
     evaluate.remember_classes(config, eval_source, c.dataset.category_ids)
     run_config.refuse_another(config, workdir)
     for line in run_config.changes_to_tell(config, workdir):
-        say(f'note: {line}')
+        info(f'note: {line}')
     model = build_model(c.model, len(train_source.class_names), devices.AXIS)
     anchors_N4 = image_anchors(c)
 
@@ -199,7 +200,7 @@ def build(config: Any, workdir: Path) -> Run:
         )
     )  # fmt: skip
 
-    unreadable = data.Unreadable(train_source, c.dataset.max_unreadable, answer)
+    unreadable = data.Unreadable(train_source, c.dataset.max_unreadable, result)
 
     detect = devices.map_devices(make_detect(c, model))
     evaluate_all = evaluate.make_evaluate(c, eval_source, detect)
@@ -274,7 +275,7 @@ def _first_state(run: Run, config: Any) -> TrainState:
         return run.initial_state()
     run.first_step, position = place
     run.batches.set_state(position)  # type: ignore[attr-defined]
-    say(f'continuing {run.workdir} from step {run.first_step} of {run.total_steps}')
+    info(f'continuing {run.workdir} from step {run.first_step} of {run.total_steps}')
     return devices.from_first_host(state, run.state_like)
 
 
@@ -299,7 +300,7 @@ def _check_position(run: Run, step: int, saved: dict[str, Any]) -> None:
             f'the training data of {run.workdir} have changed since step {step} ({images}): put the old data back, or '
             f'continue with the new ones by --config.dataset.fingerprint={fingerprint}'
         )
-    say(f'note: the training data have changed since step {step} ({images})')
+    info(f'note: the training data have changed since step {step} ({images})')
 
 
 def open_sources(config: Any) -> tuple[data.CheckableSource, data.CheckableSource]:
@@ -312,5 +313,5 @@ def open_sources(config: Any) -> tuple[data.CheckableSource, data.CheckableSourc
 def report(metrics: dict[str, float], workdir: Path) -> None:
     """Prints the tables a run ends with."""
     classes = [name.removeprefix('AP/') for name in metrics if name.startswith('AP/')]
-    answer('\n' + evaluate.summary(metrics, tuple(classes)))
-    say(f'\n{workdir}: report.html  config.json  metrics.jsonl  checkpoints/  tensorboard/  pictures/')
+    result('\n' + evaluate.summary(metrics, tuple(classes)))
+    info(f'\n{workdir}: report.html  config.json  metrics.jsonl  checkpoints/  tensorboard/  pictures/')

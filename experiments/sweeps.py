@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from effdet_jax.records.console import info, table
 from effdet_jax.records.files import replacing, write_atomically
-from effdet_jax.records.metrics import read_metrics, say, table
+from effdet_jax.records.metrics import read_metrics
 
 METRICS = ('AP', 'AP50')
 NARROWEST = 0.05  # AP that the plot's axis spans at least: less is no difference, and is not to look like one
@@ -68,16 +69,16 @@ def train(
     for seed, column in enumerate(zip(*(workdirs[row.label] for row in rows), strict=True)):
         for row, workdir in zip(rows, column, strict=True):
             if is_finished(workdir):
-                say(f'{workdir}: finished')
+                info(f'{workdir}: finished')
                 continue
             overrides = [f'--config.{key}={value}' for key, value in row.overrides.items()]
             command = [
                 sys.executable, '-m', 'effdet_jax.main', f'--config={config}', f'--workdir={workdir}',
                 f'--config.seed={seed}', *common, *overrides,
             ]  # fmt: skip
-            say(shlex.join(command))
+            info(shlex.join(command))
             if code := start(command):
-                say(f'{workdir}: failed with exit code {code}')
+                info(f'{workdir}: failed with exit code {code}')
 
 
 def is_finished(workdir: Path) -> bool:
@@ -104,7 +105,7 @@ def write(out: Path, rows: Sequence[Row], results: Mapping[str, Sequence[Mapping
         speed = statistics.median([run['images/s'] for run in runs]) if runs else None
         cells.append((row.label, *(row.facts.get(name) for name in columns), len(runs), *numbers, speed))
     text = table(header, cells)
-    say(text)
+    info(text)
     write_atomically(out / 'table.md', f'{text}\n'.encode())
     with replacing(out / 'table.csv') as temporary, temporary.open('w', newline='') as file:
         csv.writer(file).writerows([header, *cells])

@@ -75,11 +75,11 @@ def use_xlas_depthwise_convolution(patch):
 def finished_run(tmp_path_factory):
     """(work directory, metrics that it ended with, what it printed) of a run with `tiny.config()`."""
     from effdet_jax import train
-    from effdet_jax.records import metrics
+    from effdet_jax.records import console
 
     workdir = tmp_path_factory.mktemp('runs') / 'finished'
     with pytest.MonkeyPatch.context() as patch:
         use_xlas_depthwise_convolution(patch)
-        with metrics.console.capture() as printed:
+        with console.terminal.capture() as printed:
             numbers = train.train_and_evaluate(tiny.config(), workdir)
     return workdir, numbers, printed.get()

@@ -20,7 +20,7 @@ from effdet_jax import data, evaluate, train
 from effdet_jax.configs import rules
 from effdet_jax.data.shapes import CLASS_NAMES, draw
 from effdet_jax.errors import UserError
-from effdet_jax.records import metrics
+from effdet_jax.records import console
 from effdet_jax.records.metrics import MetricsLog, read_metrics
 from experiments.reliability import config as reliability
 
@@ -83,7 +83,7 @@ def folder(two_epochs, tmp_path):
 
 def continued(c, workdir):
     """What is printed while a run continues."""
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         train.train_and_evaluate(c, workdir)
     return ' '.join(printed.get().split())
 

@@ -10,7 +10,7 @@ import tiny
 from effdet_jax import data, evaluate
 from effdet_jax.detection.postprocess import Detections
 from effdet_jax.errors import UnreadableError, UserError
-from effdet_jax.records import metrics
+from effdet_jax.records import console
 from effdet_jax.runtime import devices
 
 NUM_IMAGES, MAX_BOXES = 10, 8  # in batches of four: the last one is half empty
@@ -132,7 +132,7 @@ def test_an_image_that_cannot_be_read_counts_as_one_in_which_nothing_is_found(so
         return found._replace(labels=found.labels.at[:, :, 0].max(0))
 
     config.dataset.max_unreadable = 0.1  # one of ten
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         numbers, found = evaluate.make_evaluate(config, source, finds_something_everywhere)(None)
     assert '1.jpg: damaged' in printed.get() and printed.get().count('\n') >= 1
     assert (sound['images_unreadable'], numbers['images_unreadable']) == (0, 1)

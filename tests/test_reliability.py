@@ -26,7 +26,7 @@ from effdet_jax.configs import rules
 from effdet_jax.data.sources import Shapes
 from effdet_jax.detection import preprocess
 from effdet_jax.errors import UserError
-from effdet_jax.records import metrics
+from effdet_jax.records import console
 from effdet_jax.records.checkpoint import Checkpoints
 from effdet_jax.records.files import only_process
 from effdet_jax.records.metrics import MetricsLog, read_metrics
@@ -102,14 +102,14 @@ def flat(printed):
 def test_a_signal_stops_after_the_step_and_the_command_continues(undisturbed, tmp_path, monkeypatch, number, capfd):
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: os.kill(os.getpid(), number))
-        with metrics.console.capture() as printed:
+        with console.terminal.capture() as printed:
             assert train.train_and_evaluate(config(**{'log.every_steps': 3}), tmp_path) == {}
     assert flat(printed.get()).endswith(
         f'stopped at step 4 of {STEPS}, all saved in {tmp_path}: the same command continues it'
     )
     assert f'{number.name}: finishing this step and saving; once more to leave at once' in capfd.readouterr().err
     assert [row['step'] for row in read_metrics(tmp_path / 'metrics.jsonl')] == [2, 3, 4]
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         train.train_and_evaluate(config(), tmp_path)
     assert f'from step 4 of {STEPS}' in printed.get()
     assert_same(state_of(tmp_path), state_of(undisturbed))
@@ -130,7 +130,7 @@ def test_a_full_disk_ends_no_run_that_has_a_checkpoint(undisturbed, tmp_path, mo
 
     at_step(monkeypatch, 11, lambda: when_written(lambda: disk.__exit__(None, None, None)))
     at_step(monkeypatch, 5, lambda: when_written(disk.__enter__))
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         train.train_and_evaluate(config(), tmp_path)
     said = flat(printed.get())
     for step in (6, 8, 10):
@@ -160,7 +160,7 @@ def test_a_damaged_newest_checkpoint_costs_two_steps_and_no_more(undisturbed, tm
     workdir = shutil.copytree(undisturbed, tmp_path / 'run')
     for array in (workdir / f'checkpoints/{STEPS}/state/d').iterdir():
         os.truncate(array, array.stat().st_size // 2)
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         train.train_and_evaluate(config(), workdir)
     said = flat(printed.get())
     assert f'WARNING: the checkpoint of step {STEPS} is damaged (' in said
@@ -201,7 +201,7 @@ def plant_nan(patch, index):
 def test_a_planted_nan_is_skipped_counted_and_named(tmp_path, monkeypatch):
     """One bad image, so one bad step in each epoch of eight; each of the four devices has one image."""
     plant_nan(monkeypatch, 5)
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         train.train_and_evaluate(config(), tmp_path)
     incidents = [json.loads(line) for line in (tmp_path / 'incidents.jsonl').read_text().splitlines()]
     assert [(i['kind'], i['loss'], 5 in [image['index'] for image in i['images']]) for i in incidents] == [

@@ -19,7 +19,7 @@ from effdet_jax import config, reporting
 from effdet_jax.errors import UnreadableError
 from effdet_jax.evaluate import Evaluated, to_ground_truth_xyxy
 from effdet_jax.evaluation import Detections, coco_metrics, voc_metrics
-from effdet_jax.records import metrics as run_metrics
+from effdet_jax.records import console
 
 ROOT = Path(__file__).parents[1]
 CHARTS = {
@@ -155,7 +155,7 @@ def test_images_that_cannot_be_read_are_named_and_the_report_is_written(finished
 
 
 def test_a_report_that_fails_is_a_line_and_leaves_nothing(finished_run, tmp_path):
-    with run_metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         reporting.write_after_training(config.load(finished_run[0]), tmp_path, tiny.ManySizes(1), 1, {}, {})
     assert printed.get().startswith('note: no report.html (')
     assert list(tmp_path.iterdir()) == []

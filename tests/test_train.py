@@ -15,7 +15,7 @@ from effdet_jax import data, evaluate, train
 from effdet_jax.data.shapes import CLASS_NAMES
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model
-from effdet_jax.records import metrics
+from effdet_jax.records import console
 from effdet_jax.records.checkpoint import Checkpoints, load_variables
 from effdet_jax.records.metrics import MetricsLog, read_metrics
 from effdet_jax.training.optimizer import make_optimizer
@@ -51,7 +51,7 @@ def continued_run(tmp_path_factory, fresh):
     checkpoints = Checkpoints(workdir)
     at_interruption = checkpoints.restore(INTERRUPTED_AT - 1, fresh)
     checkpoints.close()
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         numbers = train.train_and_evaluate(tiny.config(), workdir)
     return workdir, numbers, printed.get(), at_interruption
 
@@ -188,7 +188,7 @@ def test_the_backbone_is_frozen_for_an_epoch_and_then_trained(finished_run, cont
 def test_a_finished_run_started_again_says_so_and_returns_its_metrics(finished_run, tmp_path):
     workdir = shutil.copytree(finished_run[0], tmp_path / 'copy')
     lines = (workdir / 'metrics.jsonl').read_text()
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         numbers = train.train_and_evaluate(tiny.config(), workdir)
     np.testing.assert_equal(numbers, finished_run[1])
     assert f'from step {tiny.STEPS} of {tiny.STEPS}' in printed.get()
@@ -221,7 +221,7 @@ def test_evaluating_what_is_not_there_is_refused_and_leaves_nothing(tmp_path):
 
 def test_starting_from_its_weights_takes_all_of_them_and_says_so(finished_run, fresh):
     workdir, _, _ = finished_run
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         variables = start_from(workdir, fresh.variables, tiny.config())
     step, expected = load_variables(workdir, 'eval/AP')
     assert_same(variables, expected)
@@ -235,7 +235,7 @@ def test_starting_from_its_weights_takes_all_of_them_and_says_so(finished_run, f
 
 def test_the_report_names_the_classes_and_the_files(finished_run):
     workdir, numbers, _ = finished_run
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         train.report(numbers, workdir)
     for text in ('VOC07_AP50', '| ellipse ', '| ring ', f'{workdir}: report.html  config.json'):
         assert text in printed.get()
@@ -294,7 +294,7 @@ def test_a_few_unreadable_images_are_replaced_named_once_and_counted(tmp_path):
     c = tiny.config()
     c.dataset.update(source=f'csv:{tmp_path}/boxes.csv', train_split='', max_unreadable=0.1)
     c.dataset.update(eval_split='shapes@1000000:1000006', class_names=CLASS_NAMES)
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         train.train_and_evaluate(c, tmp_path / 'run')
     assert printed.get().count('5.png: ') == 1
     assert 'warning: replaced by the next image: ' in printed.get()

@@ -114,9 +114,9 @@ def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> No
 
 def _set_loudness() -> None:
     if QUIET.value:
-        from effdet_jax.records import metrics  # only now: it takes half a second to load
+        from effdet_jax.records import console  # only now: it takes half a second to load
 
-        metrics.quiet = True
+        console.quiet = True
     # Orbax reports every file; what matters to the user we print ourselves.
     logging.set_verbosity(logging.INFO if VERBOSE.value else logging.FATAL)
     if VERBOSE.value:

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     assert workdir  # required
     config = CONFIG.value or run_config.load(workdir)  # the latter says what is wrong with the work directory
     from effdet_jax import evaluate, reporting  # after the flags: --help must not wait for jax
-    from effdet_jax.records.metrics import answer
+    from effdet_jax.records.console import result
     from effdet_jax.runtime import devices
 
     devices.start_hosts()
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     best = evaluate.best_evaluation(config, workdir)
     if devices.is_first_host():
         reporting.write_report(config, workdir, out, best.source, best.step, best.metrics, best.found)
-        answer(f'AP {best.metrics["AP"]:.3f}  AP50 {best.metrics["AP50"]:.3f}  {out}')
+        result(f'AP {best.metrics["AP"]:.3f}  AP50 {best.metrics["AP50"]:.3f}  {out}')
 
 
 if __name__ == '__main__':

@@ -23,9 +23,9 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from effdet_jax.errors import UserError
+from effdet_jax.records.console import warn
 from effdet_jax.records.deployed import deployed
 from effdet_jax.records.files import sync_tree
-from effdet_jax.records.metrics import warn
 
 Contents = dict[str, list[Any]]  # path in the tree -> [shape, CRC-32]
 

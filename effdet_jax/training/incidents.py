@@ -12,7 +12,8 @@ import numpy as np
 
 from effdet_jax import data
 from effdet_jax.errors import UserError
-from effdet_jax.records.metrics import MetricsLog, warn
+from effdet_jax.records.console import warn
+from effdet_jax.records.metrics import MetricsLog
 from effdet_jax.runtime import devices
 
 WINDOW, ENOUGH = 200, 20  # losses that the next one is compared with: at most, at least

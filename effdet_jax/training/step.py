@@ -17,7 +17,7 @@ from flax import traverse_util
 from effdet_jax.detection import assignment
 from effdet_jax.model import EfficientDet
 from effdet_jax.model.batch_norm import BatchNorm
-from effdet_jax.records.metrics import warn
+from effdet_jax.records.console import warn
 from effdet_jax.runtime import devices, process, xla
 from effdet_jax.training import augment
 from effdet_jax.training.objective import Examples, Metrics, make_objective

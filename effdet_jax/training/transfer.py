@@ -10,7 +10,7 @@ from flax import traverse_util
 from effdet_jax import config as run_config
 from effdet_jax.errors import UserError
 from effdet_jax.records.checkpoint import has_checkpoints, load_variables
-from effdet_jax.records.metrics import say, table
+from effdet_jax.records.console import info, table
 from effdet_jax.training.state import Variables
 
 MAY_DIFFER = ('params', 'class_net', 'predict')  # the one part that depends on the number of classes
@@ -33,10 +33,10 @@ def start_from(workdir: Path, fresh: Variables, config: Any) -> Variables:
     their_config = run_config.load(workdir)
     step, weights = load_variables(workdir, their_config.checkpoint.best)
     for key, theirs, ours in run_config.differences(their_config, config, MEANING_OF_WEIGHTS):
-        say(f'note: {workdir} was trained with {key}={theirs}, this run has {ours}')
+        info(f'note: {workdir} was trained with {key}={theirs}, this run has {ours}')
     variables, rows = transfer(fresh, weights)
     title = f'starting from {workdir}, step {step}'
-    say(table(('part', 'loaded', 're-initialised', 'skipped'), rows, title))
+    info(table(('part', 'loaded', 're-initialised', 'skipped'), rows, title))
     return variables
 
 

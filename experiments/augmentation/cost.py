@@ -16,7 +16,7 @@ from effdet_jax import data
 from effdet_jax.configs import default
 from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
-from effdet_jax.records.metrics import table
+from effdet_jax.records.console import table
 from effdet_jax.training.augment import AUGMENTATIONS, make_augment
 from effdet_jax.training.optimizer import make_optimizer
 from effdet_jax.training.state import init_state, init_variables

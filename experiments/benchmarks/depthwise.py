@@ -25,8 +25,8 @@ from effdet_jax.commands.benchmark.peaks import peak
 from effdet_jax.configs import default
 from effdet_jax.model import build_model, cost, depthwise
 from effdet_jax.model.layers import DepthwiseConv
+from effdet_jax.records.console import table
 from effdet_jax.records.files import write_atomically
-from effdet_jax.records.metrics import table
 from effdet_jax.runtime import timing
 
 SECONDS = 0.05  # of a block

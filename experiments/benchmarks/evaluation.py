@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from effdet_jax.evaluation import Detections, GroundTruth, coco_metrics
-from effdet_jax.records.metrics import say, stage, table
+from effdet_jax.records.console import info, stage, table
 from effdet_jax.runtime import timing
 
 CLASSES = 80
@@ -37,7 +37,7 @@ def main(images: int = 5000, detections: int = 100, repeats: int = 3) -> None:
         metrics['AP'],
         metrics['AR100'],
     )
-    say(table(('images', 'detections', 's', 'middle half', 'AP', 'AR100'), [row]))
+    info(table(('images', 'detections', 's', 'middle half', 'AP', 'AR100'), [row]))
 
 
 def draw_objects(rng: np.random.Generator) -> GroundTruth:

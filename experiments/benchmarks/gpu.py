@@ -24,8 +24,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from effdet_jax.records.console import table
 from effdet_jax.records.files import write_atomically
-from effdet_jax.records.metrics import table
 
 LOG = 'gpu.log'
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'opencv-python-headless', 'torch', 'timm', 'effdet')

@@ -28,8 +28,8 @@ from effdet_jax.commands import cli
 from effdet_jax.commands.plan.planner import device_memory, line_through, parse_bytes
 from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
+from effdet_jax.records.console import info, result, table
 from effdet_jax.records.files import write_atomically
-from effdet_jax.records.metrics import answer, say, table
 from effdet_jax.runtime import devices, timing
 from effdet_jax.training import footprint
 from effdet_jax.training.step import compile_step
@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 def main(_) -> None:
     config, report = CONFIG.value, {'device': devices.describe_devices(), 'jax': jax.__version__, 'rows': []}
-    say(f'{report["device"]}, jax {jax.__version__}, Python {sys.version.split()[0]}\n')
+    info(f'{report["device"]}, jax {jax.__version__}, Python {sys.version.split()[0]}\n')
 
     def keep(row: Row) -> None:
         report['rows'].append(row)
@@ -65,7 +65,7 @@ def main(_) -> None:
                     break
             report['largest'] = largest
     finally:
-        answer('\n' + summary(config, report) + '\n')
+        result('\n' + summary(config, report) + '\n')
 
 
 def _largest(first: Row, other: Row, limit: float, multiple: int) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from effdet_jax.commands import cli
-from effdet_jax.records.metrics import say, stage, table
+from effdet_jax.records.console import info, stage, table
 from effdet_jax.runtime import process, timing
 from experiments.benchmarks import peer_systems
 from experiments.benchmarks.peer_systems import Case, parse_case
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
                         _run('experiments.benchmarks.operations', system, str(case), folder, str(cores))
                     )
     parsed = {key: {**run, 'operations': _operations(run)} for key, run in found.items()}
-    say('\n' + summary(parsed, LARGEST.value))
+    info('\n' + summary(parsed, LARGEST.value))
 
 
 def _run(module: str, *arguments: str) -> str:

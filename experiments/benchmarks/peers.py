@@ -29,8 +29,8 @@ from absl import app, flags
 
 from effdet_jax.commands import cli
 from effdet_jax.errors import UserError
+from effdet_jax.records.console import info, result, stage, table, track
 from effdet_jax.records.files import write_atomically
-from effdet_jax.records.metrics import answer, say, stage, table, track
 from effdet_jax.runtime import timing
 from experiments.benchmarks.peer_systems import SYSTEMS, Case, parse_case
 
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
     if unknown := [name for name in SYSTEM.value if name not in SYSTEMS]:
         raise app.UsageError(f'--systems={",".join(unknown)}: choose of {", ".join(SYSTEMS)}')
     report: dict[str, Any] = {'settings': settings(), 'cases': {}}
-    say(' '.join(f'{name}: {value};' for name, value in report['settings'].items()))
+    info(' '.join(f'{name}: {value};' for name, value in report['settings'].items()))
     ends = perf_counter() + LIMIT.value if LIMIT.value else math.inf
     for number, case in enumerate(cases):
         names = [
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
             report['cases'][str(case)] = compared
             if OUT.value:
                 write_atomically(Path(OUT.value), (json.dumps(report, indent=1) + '\n').encode())
-        answer('\n' + summary(case, report['cases'][str(case)]) + '\n')
+        result('\n' + summary(case, report['cases'][str(case)]) + '\n')
     cases = report['cases'].items()
     if failed := [f'{case}: {m["title"]}' for case, compared in cases for m in compared.values() if 'failed' in m]:
         raise UserError(f'not measured: {"; ".join(failed)}')

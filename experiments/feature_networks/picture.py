@@ -11,7 +11,7 @@ from effdet_jax.commands.plan import planner
 from effdet_jax.configs import default
 from effdet_jax.model.feature_network import FEATURE_NETWORKS
 from effdet_jax.records import network_drawing
-from effdet_jax.records.metrics import say, table
+from effdet_jax.records.console import info, table
 
 ROWS = (('fpn', 'panet', 'bifpn', 'fully_connected'), ('nasfpn', 'qufpn'))  # of about the same width
 
@@ -37,7 +37,7 @@ def main(out: str, max_level: str = '7') -> None:
         for name, cost in costs.items()
     ]
     header = ('feature network', 'parameters', 'multiply-adds, billions', 'parameters / fpn', 'multiply-adds / fpn')
-    say(table(header, rows))
+    info(table(header, rows))
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from effdet_jax.configs import default
 from effdet_jax.model import build_model
 from effdet_jax.model.batch_norm import fold
-from effdet_jax.records.metrics import say, table, track
+from effdet_jax.records.console import info, table, track
 from effdet_jax.runtime import process, timing
 from effdet_jax.runtime.devices import describe_devices
 from effdet_jax.weights.names import shapes_of
@@ -41,8 +41,8 @@ def main(size: int = 512, rounds: int = 12) -> None:
     for label, seconds in blocks.items():
         ratio = timing.paired_ratio(seconds, blocks[first])
         rows.append((label, 1e3 * timing.spread(seconds).median, ratio.median, ratio.error))
-    say(f'D0, {size}x{size}, one image, {describe_devices()}, jax {jax.__version__}, {rounds} rounds\n')
-    say(table(('network, fusion', 'ms', f'/ {first}', '± error'), rows))
+    info(f'D0, {size}x{size}, one image, {describe_devices()}, jax {jax.__version__}, {rounds} rounds\n')
+    info(table(('network, fusion', 'ms', f'/ {first}', '± error'), rows))
 
 
 def network(name: str, fusion: str, images: jax.Array) -> functools.partial:

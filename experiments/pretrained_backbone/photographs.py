@@ -17,7 +17,7 @@ from effdet_jax import config as run_config
 from effdet_jax.data import read_image, transforms
 from effdet_jax.model import efficientnet, layers
 from effdet_jax.records.checkpoint import load_variables
-from effdet_jax.records.metrics import say, table
+from effdet_jax.records.console import info, table
 from effdet_jax.weights import readers
 
 IMAGE_SIZE = 224
@@ -43,7 +43,7 @@ def main(workdir: str, source: str, *photographs: str) -> None:
         probability = classify(np.asarray(x), head)
         best = np.argsort(-probability)[:5]
         rows = [(CLASS_NAMES.get(int(i), f'class {i}'), float(probability[i])) for i in best]
-        say('\n' + table(('class', 'probability'), rows, Path(photograph).name))
+        info('\n' + table(('class', 'probability'), rows, Path(photograph).name))
 
 
 def square(image: np.ndarray) -> np.ndarray:

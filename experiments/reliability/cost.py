@@ -19,7 +19,8 @@ import numpy as np
 from effdet_jax import train
 from effdet_jax.configs import quickstart
 from effdet_jax.records.checkpoint import Checkpoints
-from effdet_jax.records.metrics import MetricsLog, table
+from effdet_jax.records.console import table
+from effdet_jax.records.metrics import MetricsLog
 from effdet_jax.runtime import devices
 from effdet_jax.runtime.signals import notices
 from effdet_jax.training import incidents, step

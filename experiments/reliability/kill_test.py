@@ -25,7 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from effdet_jax.records.board import read_events
-from effdet_jax.records.metrics import read_metrics, table
+from effdet_jax.records.console import table
+from effdet_jax.records.metrics import read_metrics
 
 COMMAND = [sys.executable, '-m', 'experiments.reliability.small', '--config=experiments/reliability/config.py']
 LONG = ('--config.train.epochs=24',)

@@ -30,8 +30,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from effdet_jax.errors import UserError
+from effdet_jax.records.console import table
 from effdet_jax.records.files import write_atomically
-from effdet_jax.records.metrics import read_metrics, table
+from effdet_jax.records.metrics import read_metrics
 
 PLATFORMS = {'cpu': 'cpu', 'cuda': 'cuda,cpu'}
 FIRST, LAST = 16, 160  # steps: of the checkpoint before the kill, and of those that are compared

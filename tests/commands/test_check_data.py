@@ -18,7 +18,7 @@ from effdet_jax.configs import bccd as bccd_config
 from effdet_jax.configs import default
 from effdet_jax.data.checks import KINDS
 from effdet_jax.errors import UserError
-from effdet_jax.records import metrics
+from effdet_jax.records import console
 from effdet_jax.train import open_sources
 
 BCCD = Path(__file__).parents[3] / 'shared' / 'data' / 'bccd'
@@ -117,7 +117,7 @@ def test_sizes_that_a_table_does_not_know_come_from_the_images(csv_files):
     assert kinds(found) == {'train': {'box_reaching_outside'}, 'eval': {'image_in_both_splits'}}
     assert [Path(f.image).name for f in found.findings['eval']] == ['b.png', 'c.png']  # c.png by its bytes
     assert found.fit.objects == 2
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         inspection_report.show(without, images=False)
     assert 'do not say the size of 4 images: add --images' in printed.get()
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_opened_at_all_is_a_finding_and_the_other_split_is_still_
     assert kinds(found) == {'train': {'duplicate_box'}, 'eval': {'unreadable_annotations'}}
     found = inspection.inspect(config(f'csv:{tmp_path}/x.csv', eval_split=good))
     assert kinds(found) == {'train': {'unreadable_annotations'}, 'eval': {'duplicate_box'}}
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         inspection_report.show(found, images=False)
     assert 'x.csv: no such file' in printed.get() and '1 error, 1 warning, 0 notes' in printed.get()
     assert inspection_report.to_json(found)['anchors'] is None
@@ -180,7 +180,7 @@ def test_crowds_are_counted(tmp_path):
     }
     (tmp_path / 'coco.json').write_text(json.dumps(content))
     found = inspection.inspect(config(f'coco:{tmp_path}/coco.json,{tmp_path}', eval_split='shapes@0:2'))
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         inspection_report.show(found, images=False)
     assert 'train: 1 images, 1 objects, 1 crowd among them' in printed.get()
     assert '1 objects (1 are crowds), of which none can be learned' in printed.get()
@@ -237,7 +237,7 @@ def test_advice_on_the_scale_of_anchors(csv_files):
 def test_a_training_starts_with_a_summary(csv_files):
     train = csv_files('train', 'a.png,5,5,35,25,cat', 'a.png,9,9,9,20,cat', 'b.png,5,5,35,25,dog')
     c = config(train, eval_split=csv_files('eval', 'c.png,5,5,35,25,cat', 'c.png,5,9,35,25,dog'))
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         inspection.check_sources(c, dict(zip(('train', 'eval'), open_sources(c), strict=True)))
     assert printed.get().splitlines() == [
         'data: warning: train: 1 x box without area: a.png: dropped in training: remove or redraw it',

@@ -99,9 +99,9 @@ def test_verbose_tells_where_an_error_comes_from():
 COLORS = re.compile(r'\x1b\[[\d;]*m')
 SHOW = """
 import time
-from effdet_jax.records import metrics
-metrics.console.print('[red]error[/red]')
-with metrics.Progress(2, description='training') as progress:
+from effdet_jax.records import console
+console.terminal.print('[red]error[/red]')
+with console.Progress(2, description='training') as progress:
     progress.update(1, {'loss': 0.5})
     time.sleep(0.3)
 """
@@ -228,7 +228,8 @@ def test_a_wheel_has_the_command_the_configs_the_templates_and_the_requirements(
 
 def test_an_installed_command_finds_its_configs_from_any_folder(site, tmp_path):
     show = (
-        'import sys; from effdet_jax import main; from effdet_jax.commands import cli; sys.argv = ["main", *sys.argv[1:]];'
+        'import sys; from effdet_jax import main; from effdet_jax.commands import cli;'
+        'sys.argv = ["main", *sys.argv[1:]];'
         'cli.run(lambda rest: print(main.CONFIG.value.to_json_best_effort()))'
     )
     code, out, error = python('-c', show, '--config=configs/d3.py:voc2007', cwd=tmp_path, PYTHONPATH=str(site))

@@ -13,7 +13,7 @@ import pytest
 from full_disk import full_disk
 
 from effdet_jax.errors import UserError
-from effdet_jax.records import metrics
+from effdet_jax.records import console
 from effdet_jax.records.checkpoint import Checkpoints, DamagedError, has_checkpoints, load_variables
 from effdet_jax.training.state import init_state
 
@@ -206,7 +206,7 @@ def test_whatever_the_writer_raises_is_a_refused_save(tmp_path, monkeypatch, err
     save(checkpoints, 3)
     checkpoints._manager.wait_until_finished()
     monkeypatch.setattr(checkpoints._manager, 'wait_until_finished', refuse)
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         checkpoints.check(wait=True)
     assert 'step 2 is safe' in ' '.join(printed.get().split())
     assert steps_in(tmp_path) == [2] and checkpoints.latest_step() == 2
@@ -264,7 +264,7 @@ def test_a_changed_bit_is_noticed_and_the_message_says_what_was_done(two_saved, 
         UserError, match=r'checkpoints/2 is damaged \(.*\): move it away, and the next best one is used'
     ):
         load_variables(workdir, 'eval/AP')
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         step, _ = Checkpoints(workdir).restore_latest(state())
     assert step == 1
     assert 'WARNING: the checkpoint of step 2 is damaged (' in printed.get()
@@ -352,7 +352,7 @@ def test_a_full_disk_costs_no_checkpoint_and_the_next_save_tries_again(tmp_path)
     checkpoints = Checkpoints(tmp_path, keep=1)
     save(checkpoints, 1, ap=0.5)
     checkpoints.check(wait=True)
-    with full_disk(50_000), metrics.console.capture() as printed:
+    with full_disk(50_000), console.terminal.capture() as printed:
         save(checkpoints, 2, ap=0.6, saved=large)  # some files are written, others are not
         checkpoints.check(wait=True)
         assert steps_in(tmp_path) == [1]

@@ -12,18 +12,19 @@ from full_disk import full_disk
 from tensorboardX.proto.event_pb2 import Event
 
 from effdet_jax.errors import UserError
-from effdet_jax.records import metrics
-from effdet_jax.records.metrics import MetricsLog, Progress, Waiting, read_metrics, say, table, track
+from effdet_jax.records import console, metrics
+from effdet_jax.records.console import Progress, info, table, track
+from effdet_jax.records.metrics import MetricsLog, Waiting, read_metrics
 
 LOOP = """
 import time
-from effdet_jax.records import metrics
-metrics.SECONDS_BETWEEN_LINES = 0
-with metrics.Progress(3, start=1, description='training') as progress:
+from effdet_jax.records import console
+console.SECONDS_BETWEEN_LINES = 0
+with console.Progress(3, start=1, description='training') as progress:
     for step in (2, 3):
         progress.update(step, {'loss': 0.5 / step, 'images/s': 85.25, 'waiting': 0.03})
-        for image in metrics.track('ab', 2, 'evaluating'):
-            metrics.say(f'[done] {image}')
+        for image in console.track('ab', 2, 'evaluating'):
+            console.info(f'[done] {image}')
             time.sleep(0.3 * (image == 'b'))  # a bar is drawn four times a second
 """
 
@@ -128,7 +129,7 @@ def test_incidents_behind_the_step_to_continue_from_are_forgotten(tmp_path):
 
 
 def test_without_a_terminal_progress_is_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr(metrics, 'SECONDS_BETWEEN_LINES', 0)
+    monkeypatch.setattr(console, 'SECONDS_BETWEEN_LINES', 0)
     with Progress(200, start=100, description='training') as progress:
         progress.update(150, {'loss': 0.43214, 'images/s': 85.25, 'waiting': 0.031})
         progress.update(200)
@@ -194,9 +195,9 @@ def test_table_without_rows_is_its_header():
     assert table(['name'], []).splitlines()[0] == '| name |'
 
 
-def test_say_prints_lines_as_they_are(capsys):
+def test_info_prints_lines_as_they_are(capsys):
     line = '[bold] 3:4 :smile: ' + 'x' * 300
-    say(line)
+    info(line)
     assert capsys.readouterr().out == f'{line}\n'
 
 
@@ -237,6 +238,6 @@ def read_events(folder):
 
 
 def test_a_stage_says_how_long_it_took():
-    with metrics.console.capture() as printed, metrics.stage('compiling'):
+    with console.terminal.capture() as printed, console.stage('compiling'):
         pass
     assert printed.get() == 'compiling: 0 s\n'

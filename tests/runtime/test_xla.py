@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from effdet_jax.records import metrics
+from effdet_jax.records import console
 from effdet_jax.runtime import xla
 from effdet_jax.training.step import compile_step
 
@@ -66,7 +66,7 @@ def test_where_an_operation_cannot_repeat_its_bits_training_says_so_and_goes_on(
 
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     lowered = OnlyRandom()
-    with metrics.console.capture() as printed:
+    with console.terminal.capture() as printed:
         compile_step(lowered, {'another': 1})
     assert lowered.options == {'another': 1}
     assert 'steps will not repeat exactly' in ' '.join(printed.get().split())

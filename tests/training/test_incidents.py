@@ -7,7 +7,7 @@ import pytest
 
 from effdet_jax import data
 from effdet_jax.errors import UserError
-from effdet_jax.records import metrics
+from effdet_jax.records import console
 from effdet_jax.records.metrics import MetricsLog
 from effdet_jax.training.incidents import Incidents, fetch, make_watch, means_of_steps
 
@@ -75,7 +75,7 @@ def test_an_incident_is_written_with_its_images_and_too_many_end_the_run(tmp_pat
     source = data.open_source('shapes', '100:110')
     watch = make_watch(source, tmp_path, max_skipped=3)
     nan, good = values(math.nan), values(0.5)
-    with MetricsLog(tmp_path) as log, metrics.console.capture() as printed:
+    with MetricsLog(tmp_path) as log, console.terminal.capture() as printed:
         watch(
             [(1, nan, np.array([4, 7])), (2, good, np.array([1])), (3, nan, np.array([2])), (4, nan, np.array([5]))],
             log,

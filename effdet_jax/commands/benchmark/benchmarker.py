@@ -17,7 +17,7 @@ from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import Detector, Thresholds, image_anchors, make_detect, make_detect_pixels
 from effdet_jax.model import EfficientDet, build_model
 from effdet_jax.model.cost import cost_of_parts
-from effdet_jax.records.metrics import stage, track
+from effdet_jax.records.console import stage, track
 from effdet_jax.runtime import devices, process, timing, xla
 from effdet_jax.training import footprint
 from effdet_jax.training.state import init_state, init_variables

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     import jax
 
     from effdet_jax.commands.benchmark import benchmarker, speed_tables, start_times
-    from effdet_jax.records.metrics import answer, say
+    from effdet_jax.records.console import info, result
 
     jax.config.update('jax_enable_compilation_cache', False)  # of this process, not of the starts
     config, profile = CONFIG.value, PROFILE.value
@@ -59,9 +59,9 @@ def main(arguments: Sequence[str]) -> None:
         }[what]()
     )
     settings = speed_tables.settings(config, what)
-    answer('\n' + speed_tables.report(settings, rows))
+    result('\n' + speed_tables.report(settings, rows))
     if profile:
-        say(
+        info(
             f'\nTraces lie in {profile}. Look at them: drop a trace.json.gz onto https://ui.perfetto.dev, or '
             f'pip install xprof and xprof --logdir={profile}'
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from effdet_jax.records.metrics import table
+from effdet_jax.records.console import table
 from effdet_jax.runtime import devices
 
 Row = dict[str, Any]

@@ -17,7 +17,7 @@ from typing import Any
 
 from effdet_jax import config as run_config
 from effdet_jax.errors import UserError
-from effdet_jax.records.metrics import track
+from effdet_jax.records.console import track
 from effdet_jax.runtime import process, timing
 
 Row = dict[str, Any]

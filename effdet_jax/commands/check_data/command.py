@@ -27,8 +27,8 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --config=FILE --out=DIR')
     from effdet_jax import inspection  # after the flags: --help must not wait for them
     from effdet_jax.commands.check_data import inspection_report  # after the flags: --help must not wait for them
+    from effdet_jax.records.console import info
     from effdet_jax.records.files import write_atomically
-    from effdet_jax.records.metrics import say
 
     found = inspection.inspect(CONFIG.value, IMAGES.value)
     inspection_report.show(found, IMAGES.value)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
         content = json.dumps(inspection_report.to_json(found), indent=1)
         write_atomically(out / 'check.json', content.encode())
         pictures = inspection_report.write_pictures(found, out)
-        say(f'{out}: check.json and {pictures} pictures')
+        info(f'{out}: check.json and {pictures} pictures')
     if found.count('error'):
         sys.exit(1)
 

@@ -14,7 +14,7 @@ from effdet_jax import data
 from effdet_jax.data.checks import KINDS, Finding
 from effdet_jax.errors import UnreadableError
 from effdet_jax.inspection import SPLITS, Inspection, counted
-from effdet_jax.records.metrics import answer, console, table
+from effdet_jax.records.console import result, table, terminal
 from effdet_jax.records.pictures import draw_boxes, write_image
 
 EXAMPLES = 3  # messages shown of a kind
@@ -27,27 +27,27 @@ def show(found: Inspection, images: bool) -> None:
     for split, listing in found.listings.items():
         crowds = int(listing.is_crowd.sum())
         more = f', {counted(crowds, "crowd")} among them' if crowds else ''
-        answer(f'{split}: {len(listing.images):,} images, {len(listing.labels):,} objects{more}')
+        result(f'{split}: {len(listing.images):,} images, {len(listing.labels):,} objects{more}')
     if found.classes:
-        answer('\n' + table(('class', *SPLITS), found.classes))
+        result('\n' + table(('class', *SPLITS), found.classes))
     if found.fit and found.fit.unmatched:
         title = 'Objects that no anchor fits, by size (root of the area in network pixels) and width : height'
         rows = [row for row in found.fit.table if row[3]]
-        answer('\n' + table(('size', 'ratio', 'objects', 'unmatched'), rows, title))
-        answer(found.fit.advice and f'\n{found.fit.advice}')
-    console.print(_table_of_kinds(found))
+        result('\n' + table(('size', 'ratio', 'objects', 'unmatched'), rows, title))
+        result(found.fit.advice and f'\n{found.fit.advice}')
+    terminal.print(_table_of_kinds(found))
     for name, kind in KINDS.items():
         everything = [(split, f) for split, of_split in found.of_kind(name).items() for f in of_split]
         for split, finding in everything[:EXAMPLES]:
-            answer(f'{kind.severity}: {split}: {finding.message}')
+            result(f'{kind.severity}: {split}: {finding.message}')
         if len(everything) > EXAMPLES:
-            answer(f'    and {len(everything) - EXAMPLES:,} more of this kind')
+            result(f'    and {len(everything) - EXAMPLES:,} more of this kind')
     unknown = sum(int((listing.sizes[:, 0] == 0).sum()) for listing in found.listings.values())
     if unknown and not images:
-        answer(
+        result(
             f'The annotations do not say the size of {unknown:,} images: add --images to find boxes outside of them.'
         )
-    answer(', '.join(counted(found.count(severity), severity) for severity in COLORS))
+    result(', '.join(counted(found.count(severity), severity) for severity in COLORS))
 
 
 def to_json(found: Inspection) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from effdet_jax.inference.formats import FORMATS, Input, Program, Run
 from effdet_jax.model import build_model
 from effdet_jax.model.batch_norm import fold
 from effdet_jax.records.checkpoint import load_variables
+from effdet_jax.records.console import info
 from effdet_jax.records.files import replacing
-from effdet_jax.records.metrics import say
 from effdet_jax.records.sessions import describe_session
 from effdet_jax.runtime import xla
 
@@ -100,8 +100,8 @@ def export(workdir: Path, out: Path, format_name: str, outputs: str, batch: int 
                 agreement = compare(original, program, facts, form.load(temporary), images, batch)
         except OSError as error:
             raise UserError(f'{out} cannot be written ({error.strerror or error}): choose another --out') from error
-    say(f'{out}: {outputs}, {_megabytes(out):.1f} MB, exported in {seconds:.1f} s')
-    say(f'compared with the original on {len(images)} {whence}: {agreement}')
+    info(f'{out}: {outputs}, {_megabytes(out):.1f} MB, exported in {seconds:.1f} s')
+    info(f'compared with the original on {len(images)} {whence}: {agreement}')
 
 
 def _original(workdir: Path) -> Original:
@@ -109,7 +109,7 @@ def _original(workdir: Path) -> Original:
     if not config.dataset.class_names:
         raise UserError(f'{workdir} holds a backbone alone: train a detector from it with config.train.init_from')
     if config.model.dtype != 'float32':
-        say(f'note: the run computes in {config.model.dtype}, the export in float32')
+        info(f'note: the run computes in {config.model.dtype}, the export in float32')
         config.model.dtype = 'float32'
     step, variables = load_variables(workdir, config.checkpoint.best)
     return Original(config, jax.tree.map(jnp.asarray, fold(variables)), step)
@@ -293,7 +293,7 @@ def _images(config: Any, count: int) -> tuple[list[np.ndarray], str]:
         images = [np.asarray(data.load(source, index)[0]) for index in range(min(count, len(source)))]
         whence = f'images of {d.source} {d.eval_split}'.rstrip()
     except UserError as error:
-        say(f'note: the images of the evaluation cannot be read here ({error}): embedded drawings in their place')
+        info(f'note: the images of the evaluation cannot be read here ({error}): embedded drawings in their place')
         images, whence = [], 'embedded drawings'
     return images + [np.asarray(shapes.draw(index).image) for index in range(count - len(images))], whence
 

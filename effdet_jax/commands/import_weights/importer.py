@@ -18,8 +18,8 @@ from effdet_jax.configs.scaling import SCALES
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model, efficientnet
 from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints
+from effdet_jax.records.console import info, result, table
 from effdet_jax.records.files import write_atomically
-from effdet_jax.records.metrics import answer, say, table
 from effdet_jax.training.state import init_variables
 from effdet_jax.weights import certificate, families, names, readers
 
@@ -60,7 +60,7 @@ def import_weights(
     found = families.recognise(contents.arrays)
     if found.whole:
         _refuse_other_feature_networks(config)
-    say(f'{source}: {found.family}, {families.size_of(found)}')
+    info(f'{source}: {found.family}, {families.size_of(found)}')
     preset = preset if preset != 'auto' else choose_preset(found, config, contents)
     settings = apply_preset(config, preset)
     name_classes(config, found)
@@ -86,7 +86,7 @@ def import_weights(
         flat |= {path: np.asarray(fresh[path]) for path in new}
     variables = traverse_util.unflatten_dict(flat)
     _say_what_was_loaded(wanted, matched, found, allowed)
-    say(f'preset {preset}: {", ".join(f"{key}={value}" for key, value in settings.items()) or "nothing to set"}')
+    info(f'preset {preset}: {", ".join(f"{key}={value}" for key, value in settings.items()) or "nothing to set"}')
     certified = [] if reference is None else certify(model, variables, reference)
 
     try:
@@ -125,7 +125,7 @@ def choose_preset(found: families.Recognised, config: Any, contents: readers.Con
         return f'{family}-lite'
     variant, part = families.variant_of(found.family, contents.path)
     if (preset := f'{family}-{variant}') in PRESETS:
-        say(f'note: taken for {preset}, because of {part} in its path; otherwise give --preset={family}')
+        info(f'note: taken for {preset}, because of {part} in its path; otherwise give --preset={family}')
         return preset
     if not variant and config.model.backbone in ADVPROP_BACKBONES:
         advprop = f'{family}-advprop'
@@ -135,7 +135,7 @@ def choose_preset(found: families.Recognised, config: Any, contents: readers.Con
                 f'advprop is in the path: add --preset={family}, or --preset={advprop} for input from -1 to 1'
             )
         if contents.format != 'hdf5':
-            say(f'note: taken for {family}: its path does not say AdvProp; for that give --preset={advprop}')
+            info(f'note: taken for {family}: its path does not say AdvProp; for that give --preset={advprop}')
     return family
 
 
@@ -147,7 +147,7 @@ def apply_preset(config: Any, preset: str) -> dict[str, Any]:
     given = dict(run_config.flatten(config.to_dict()))
     kept = {key: given[key] for key in PRESETS[preset] if given[key] not in (usual[key], PRESETS[preset][key])}
     for key, value in kept.items():
-        say(f'note: {key}={value} is kept, where the preset {preset} has {PRESETS[preset][key]}')
+        info(f'note: {key}={value} is kept, where the preset {preset} has {PRESETS[preset][key]}')
     settings = {key: value for key, value in PRESETS[preset].items() if key not in kept}
     config.update_from_flattened_dict(settings)
     return settings
@@ -174,14 +174,14 @@ def certify(model: Any, variables: Any, reference: FilePath) -> list[certificate
         (row.name, 'x'.join(map(str, row.shape)), f'{row.largest:.3g}', f'{row.difference:.1e}', f'{row.relative:.1e}')
         for row in rows
     ]
-    answer('\n' + table(('output', 'shape', 'largest value', 'largest difference', 'relative'), shown))
+    result('\n' + table(('output', 'shape', 'largest value', 'largest difference', 'relative'), shown))
     worst = max(rows, key=lambda row: math.inf if math.isnan(row.relative) else row.relative)
     if not worst.relative <= certificate.TOLERANCE:
         raise UserError(
             f'{worst.name} differs from {reference} by {worst.relative:.1e} of its largest value, allowed are '
             f'{certificate.TOLERANCE:.0e}: nothing was imported'
         )
-    answer(f'certified: {len(rows)} outputs, the worst differs by {worst.relative:.1e} of its largest value')
+    result(f'certified: {len(rows)} outputs, the worst differs by {worst.relative:.1e} of its largest value')
     return rows
 
 
@@ -211,9 +211,9 @@ def _judge(problems: Iterable[Problem], allow: Sequence[re.Pattern[str]]) -> tup
 
 
 def _refuse(refused: list[Problem], source: FilePath, config: Any, found: families.Recognised) -> None:
-    answer('\n' + table(('problem', 'tensor', ''), refused[:MAX_ROWS]))
+    result('\n' + table(('problem', 'tensor', ''), refused[:MAX_ROWS]))
     if len(refused) > MAX_ROWS:
-        answer(f'... and {len(refused) - MAX_ROWS} more')
+        result(f'... and {len(refused) - MAX_ROWS} more')
     kinds = ', '.join(f'{count} {kind}' for kind, count in Counter(kind for kind, _, _ in refused).items())
     raise UserError(
         f'{source} does not fit {config.name}: {kinds}, the first is {refused[0][1]} ({refused[0][2]}). '
@@ -261,13 +261,13 @@ def _say_what_was_loaded(shapes: Any, matched: names.Match, found: families.Reco
         new = [path for path in shapes if path[1] == part and path not in matched.arrays]
         of_theirs = sum(len(matched.names[path]) for path in loaded)
         rows.append((part, of_theirs, *(sum(int(np.prod(shapes[p].shape)) for p in paths) for paths in (loaded, new))))
-    say('\n' + table(('part', 'tensors', 'numbers loaded', 're-initialised'), rows))
+    info('\n' + table(('part', 'tensors', 'numbers loaded', 're-initialised'), rows))
     for kind, count in Counter(kind for kind, _, _ in allowed).items():
-        say(f'allowed: {count} {kind}')
+        info(f'allowed: {count} {kind}')
     for why, count in Counter(found.unused.values()).items():
-        say(f'not used: {count} tensors, {why}')
+        info(f'not used: {count} tensors, {why}')
     if found.family == 'timm':
-        say('note: tf_efficientnet_* of timm compute the same here; those without tf_ pad differently: a start only')
+        info('note: tf_efficientnet_* of timm compute the same here; those without tf_ pad differently: a start only')
 
 
 def _account(
@@ -289,8 +289,8 @@ def _write_json(path: FilePath, content: Any) -> None:
 
 
 def _say_what_next(workdir: FilePath, whole: bool) -> None:
-    say(f'\n{workdir}: config.json  checkpoints/  import.json')
+    info(f'\n{workdir}: config.json  checkpoints/  import.json')
     if whole:
-        say(f'detect:     python -m effdet_jax predict --workdir={workdir} --out=found IMAGES')
-        say(f'evaluate:   python -m effdet_jax.main --workdir={workdir} --mode=eval')
-    say(f'start from: python -m effdet_jax.main --config=... --workdir=runs/new --config.train.init_from={workdir}')
+        info(f'detect:     python -m effdet_jax predict --workdir={workdir} --out=found IMAGES')
+        info(f'evaluate:   python -m effdet_jax.main --workdir={workdir} --mode=eval')
+    info(f'start from: python -m effdet_jax.main --config=... --workdir=runs/new --config.train.init_from={workdir}')

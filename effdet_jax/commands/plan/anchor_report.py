@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from effdet_jax import data, inspection
 from effdet_jax.data import survey
 from effdet_jax.detection import anchor_fit, anchors
-from effdet_jax.records.metrics import table
+from effdet_jax.records.console import table
 
 RECALL_IOU = 0.5
 COCO_AREAS = (32**2, 96**2)  # pixels of the original image: small, medium, large

@@ -30,8 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     if FIT.value and NO_DATA.value:
         raise app.UsageError('--fit needs the data: leave --no-data away')
     from effdet_jax.commands.plan import planner  # after the flags: --help must not wait for jax
+    from effdet_jax.records.console import result
     from effdet_jax.records.files import write_atomically
-    from effdet_jax.records.metrics import answer
 
     config = CONFIG.value
     if BATCH.value:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         planner.draw_feature_network(config, DRAW.value)
     sections = []
     for section in planner.plan(config, memory, not NO_DATA.value, not NO_STEP.value, FIT.value):
-        answer(f'\n{section}')
+        result(f'\n{section}')
         sections.append(section)
     if OUT.value:
         write_atomically(OUT.value, ('\n\n'.join(sections) + '\n').encode())

@@ -23,7 +23,7 @@ from effdet_jax.model import EfficientDet, build_model
 from effdet_jax.model.cost import Cost, cost_of_parts
 from effdet_jax.model.efficientdet import BACKBONE_LEVELS
 from effdet_jax.model.feature_network import FEATURE_NETWORKS
-from effdet_jax.records.metrics import say, stage, table, track
+from effdet_jax.records.console import info, stage, table, track
 from effdet_jax.records.network_drawing import save_drawing
 from effdet_jax.runtime import devices
 from effdet_jax.training import footprint
@@ -107,7 +107,7 @@ def draw_feature_network(config: Any, path: Path) -> None:
         save_drawing(path, FEATURE_NETWORKS[network.name](MIN_LEVEL, m.max_level), MIN_LEVEL, title, m.cells)
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error.strerror or error}): choose another --draw') from error
-    say(f'{path}: the feature network {network.name}')
+    info(f'{path}: the feature network {network.name}')
 
 
 def feature_network_cost(config: Any) -> Cost:

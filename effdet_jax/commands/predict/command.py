@@ -75,10 +75,10 @@ def find_files(arguments: Sequence[str], out: Path) -> dict[Path, str]:
         known = ' '.join(paths.IMAGE_SUFFIXES + paths.VIDEO_SUFFIXES)
         raise UserError('; '.join([f'no image or video in {", ".join(arguments)}', *notes]) + f': known are {known}')
     if notes:
-        from effdet_jax.records.metrics import say  # only now: it takes half a second to load
+        from effdet_jax.records.console import info  # only now: it takes half a second to load
 
         for note in notes:
-            say(printable(f'note: {note}'))
+            info(printable(f'note: {note}'))
     return {path: name for name, path in found.items()}
 
 

@@ -15,8 +15,8 @@ from effdet_jax.data import read_image
 from effdet_jax.errors import UserError
 from effdet_jax.inference import Detections, Detector
 from effdet_jax.inference.video import open_video, video_writer
+from effdet_jax.records.console import Progress, info
 from effdet_jax.records.files import json_list
-from effdet_jax.records.metrics import Progress, say
 from effdet_jax.records.pictures import write_image
 from effdet_jax.runtime import paths
 
@@ -89,7 +89,7 @@ def predict(job: Job, files: Mapping[Path, str]) -> None:
         for number, kind in ((seen_images, 'image'), (seen_videos, 'video'))
         if number
     ]
-    say(f'{", ".join(seen)}, {count} detections: {job.out}/detections.json')
+    info(f'{", ".join(seen)}, {count} detections: {job.out}/detections.json')
     if left_out:
         raise UserError(f'{len(left_out)} of {len(files)} files were left out: {"; ".join(left_out)}')
 
@@ -170,9 +170,9 @@ def _detect_in_video(job: Job, path: Path, name: str, record: Record) -> None:
             progress.update(min(done, total - 1), speed.values('frames/s', done))
         progress.update(total)
     if done < 0.95 * video.num_frames:
-        say(f'note: {path} ends after {done} of {video.num_frames} frames: is it damaged?')
+        info(f'note: {path} ends after {done} of {video.num_frames} frames: is it damaged?')
     rate = ''.join(f', detected at {v:.1f} {unit}' for unit, v in speed.values('frames/s', done).items())
-    say(f'{job.out / name}.mp4: {done} frames, {video.frame_rate:.4g} a second{rate}; without sound')
+    info(f'{job.out / name}.mp4: {done} frames, {video.frame_rate:.4g} a second{rate}; without sound')
 
 
 class _Speed:
