@@ -15,8 +15,8 @@ import jax
 import pytest
 import tiny
 
+from effdet_jax import build, data, evaluate, train
 from effdet_jax import config as run_config
-from effdet_jax import data, evaluate, train
 from effdet_jax.configs import rules
 from effdet_jax.data.shapes import CLASS_NAMES, draw
 from effdet_jax.errors import UserError
@@ -31,14 +31,14 @@ STEPS = 8  # of two epochs
 
 @pytest.fixture(scope='module', autouse=True)
 def toy_network():
-    def build(model_config, num_classes, axis_name=None):
+    def toy(model_config, num_classes, axis_name=None):
         build_model(model_config, num_classes, axis_name)  # reads the keys
         return tiny.toy(num_classes, axis_name)
 
-    build_model = train.build_model
+    build_model = build.build_model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'build_model', build)
-        patch.setattr(evaluate, 'build_model', build)
+        patch.setattr(build, 'build_model', toy)
+        patch.setattr(evaluate, 'build_model', toy)
         patch.setitem(rules.RULES, 'model.max_level', rules.whole(3))  # the only level that this network has
         yield
 

@@ -21,7 +21,7 @@ import pytest
 import tiny
 from full_disk import full_disk
 
-from effdet_jax import data, train
+from effdet_jax import build, data, train
 from effdet_jax.configs import rules
 from effdet_jax.data.sources import Shapes
 from effdet_jax.detection import preprocess
@@ -30,6 +30,7 @@ from effdet_jax.records import console
 from effdet_jax.records.checkpoint import Checkpoints
 from effdet_jax.records.files import only_process
 from effdet_jax.records.metrics import MetricsLog, read_metrics
+from effdet_jax.training import run
 from experiments.reliability import config as reliability
 
 ROOT = Path(__file__).parents[1]
@@ -47,13 +48,13 @@ def config(**changes):
 
 
 def use_toy_network(patch):
-    build_model = train.build_model
+    build_model = build.build_model
 
-    def build(model_config, num_classes, axis_name=None):
+    def toy(model_config, num_classes, axis_name=None):
         build_model(model_config, num_classes, axis_name)  # reads the keys
         return tiny.toy(num_classes, axis_name)
 
-    patch.setattr(train, 'build_model', build)
+    patch.setattr(build, 'build_model', toy)
     patch.setitem(rules.RULES, 'model.max_level', rules.whole(3))  # the only level that this network has
 
 
@@ -121,7 +122,7 @@ def test_a_signal_stops_after_the_step_and_the_command_continues(undisturbed, tm
 def test_a_full_disk_ends_no_run_that_has_a_checkpoint(undisturbed, tmp_path, monkeypatch):
     """Full from step 5 to step 11: the checkpoints and logs of this time fail, the later ones do not."""
     disk, opened = full_disk(200), []
-    monkeypatch.setattr(train, 'Checkpoints', lambda *args, **kw: opened.append(Checkpoints(*args, **kw)) or opened[0])
+    monkeypatch.setattr(run, 'Checkpoints', lambda *args, **kw: opened.append(Checkpoints(*args, **kw)) or opened[0])
 
     def when_written(action):
         """The background must be done with the last checkpoint before the disk changes."""

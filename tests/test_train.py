@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
+from effdet_jax import build, data, evaluate, train
 from effdet_jax import config as run_config
-from effdet_jax import data, evaluate, train
 from effdet_jax.data.shapes import CLASS_NAMES
 from effdet_jax.errors import UserError
 from effdet_jax.model import build_model
@@ -271,7 +271,7 @@ def test_building_a_run_reads_every_key_but_one_that_is_not_ours(tmp_path):
     c = tiny.config()
     c.train.momentum = 0.9
     with pytest.raises(UserError, match=r'nothing reads these config keys: train\.momentum;'):
-        train.build(c, tmp_path / 'run')
+        build.build_run(c, tmp_path / 'run')
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -134,35 +133,3 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get('step'), int):
         raise UserError(f'{where} is not a JSON object with a step; remove that line')
     return row
-
-
-class Waiting:
-    """A stopwatch for a training loop: its rate, and the share spent waiting, `with waiting: batch = next(batches)`."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self._start, self._waited, self._count = perf_counter(), 0.0, 0
-
-    def count(self, things: int) -> None:
-        """That so many things are done."""
-        self._count += things
-
-    def elapsed(self) -> float:
-        """Seconds since the last reset."""
-        return perf_counter() - self._start
-
-    def share(self) -> float:
-        """The share of the time since the last reset that was spent in the `with` block, in [0, 1]."""
-        return self._waited / max(self.elapsed(), 1e-9)
-
-    def per_second(self) -> float:
-        """Things counted per second since the last reset."""
-        return self._count / max(self.elapsed(), 1e-9)
-
-    def __enter__(self) -> None:
-        self._entered = perf_counter()
-
-    def __exit__(self, *_) -> None:
-        self._waited += perf_counter() - self._entered

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from effdet_jax.errors import UserError
 from effdet_jax.model import EfficientDet
 from effdet_jax.runtime import devices, process
+from effdet_jax.training.compiled import MappedStep, compile_step, map_train_step
 from effdet_jax.training.state import TrainState, state_shapes
-from effdet_jax.training.step import MappedStep, compile_step, map_train_step
 
 HostBatch = dict[str, np.ndarray]
 

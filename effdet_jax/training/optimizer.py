@@ -1,8 +1,6 @@
-"""Optimiser, learning rate and freezing, from the config (docs/reference.md, Optimization)."""
+"""Optimizer and learning rate, from the config (docs/reference.md, Optimization)."""
 
-import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,63 +9,29 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from effdet_jax.errors import UserError
+from effdet_jax.training.freeze import unfreeze_step, unless_frozen
 
 REFERENCE_BATCH = 64  # official learning rates are stated for this batch size
-
-
-def check_freeze(pattern: str, variables: Any) -> None:
-    """Raises UserError where the regex of config.train.freeze matches no parameter."""
-    paths = traverse_util.flatten_dict(variables['params'])
-    if pattern and not any(path_matches(pattern, path) for path in paths):
-        raise UserError(
-            f'config.train.freeze={pattern!r} matches no parameter: paths look like {"/".join(next(iter(paths)))}'
-        )
-
-
-def path_matches(pattern: str, path: Sequence[Any]) -> bool:
-    """Whether `pattern`, a regex, matches the parameter path 'backbone/stem/conv/kernel' from its start."""
-    return bool(pattern) and re.match(pattern, '/'.join(path)) is not None
 
 
 def make_optimizer(
     config: Any, steps_per_epoch: int, total_steps: int
 ) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
-    """(optimiser, schedule: step -> learning rate).
+    """(optimizer, schedule: step -> learning rate).
 
-    L2 of the loss, then zero for what is frozen, then clipping, then the optimiser proper, then the learning rate.
-    What is frozen keeps an optimiser state of its own, untouched until it thaws; the rest's survives the switch.
+    The chain: L2 of the loss, zero for what is frozen, clipping, the optimizer proper, the learning rate.
     """
-    c = config.optimizer
-    schedule = make_schedule(config.schedule, config.train.batch_size, steps_per_epoch, total_steps)
-    thaw_at, pattern = thaw_step(config, steps_per_epoch), config.train.freeze
-
-    def thawed(step: Any, **_: Any) -> jax.Array:
-        return jnp.asarray(step) >= thaw_at
-
-    def labels(params: Any) -> Any:
-        return traverse_util.path_aware_map(lambda path, _: 'late' if path_matches(pattern, path) else 'always', params)
-
-    core = OPTIMIZERS[c.name](c.momentum, c.weight_decay)
+    c, train = config.optimizer, config.train
+    schedule = make_schedule(config.schedule, train.batch_size, steps_per_epoch, total_steps)
+    frozen = train.freeze, unfreeze_step(train.freeze, train.unfreeze_epoch, steps_per_epoch)
     optimizer = optax.chain(
         optax.add_decayed_weights(config.loss.l2, mask=is_kernel),
-        # The decay above also reaches frozen parameters: take it back before it counts in the clipping norm.
-        optax.partition(
-            {'always': optax.identity(), 'late': optax.transforms.conditionally_mask(optax.identity(), thawed)}, labels
-        ),
+        unless_frozen(optax.identity(), *frozen),  # takes the decay back before it counts in the clipping norm
         clip(c.clip_norm, c.clip_each) if c.clip_norm else optax.identity(),
-        optax.partition({'always': core, 'late': optax.transforms.conditionally_mask(core, thawed)}, labels),
+        unless_frozen(OPTIMIZERS[c.name](c.momentum, c.weight_decay), *frozen),
         scale_by_learning_rate(schedule),
     )
     return optimizer, schedule
-
-
-def thaw_step(config: Any, steps_per_epoch: int) -> float:
-    """The step from which everything is trained: 0 where nothing is frozen, infinity where it is for good."""
-    pattern, epoch = config.train.freeze, config.train.unfreeze_epoch
-    if not pattern:
-        return 0
-    return math.inf if epoch is None else epoch * steps_per_epoch
 
 
 def is_kernel(params: Any) -> Any:

@@ -18,9 +18,10 @@ from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
 from effdet_jax.records.console import table
 from effdet_jax.training.augment import AUGMENTATIONS, make_augment
+from effdet_jax.training.compiled import compile_step
 from effdet_jax.training.optimizer import make_optimizer
 from effdet_jax.training.state import init_state, init_variables
-from effdet_jax.training.step import compile_step, make_train_step
+from effdet_jax.training.step import make_train_step
 
 
 def main(size: int = 512, batch_size: int = 8, rounds: int = 15) -> None:

@@ -32,7 +32,7 @@ from effdet_jax.records.console import info, result, table
 from effdet_jax.records.files import write_atomically
 from effdet_jax.runtime import devices, timing
 from effdet_jax.training import footprint
-from effdet_jax.training.step import compile_step
+from effdet_jax.training.compiled import compile_step
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'FILE', lock_config=True)
 LARGEST = flags.DEFINE_bool('largest', False, 'find the largest batch that fits, and run it')

@@ -218,8 +218,8 @@ def _our_step(config: Any, model: Any, variables: Any, inputs: dict[str, np.ndar
 
     from effdet_jax.inference.detector import image_anchors
     from effdet_jax.runtime import devices
+    from effdet_jax.training.compiled import map_train_step
     from effdet_jax.training.state import init_state
-    from effdet_jax.training.step import map_train_step
 
     steps = 10**6  # of an epoch: the rate stays that of the warm-up's beginning
     step, optimizer = map_train_step(config, model, image_anchors(config), steps, steps)

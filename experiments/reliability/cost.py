@@ -14,9 +14,10 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from effdet_jax import train
+from effdet_jax import build
 from effdet_jax.configs import quickstart
 from effdet_jax.records.checkpoint import Checkpoints
 from effdet_jax.records.console import table
@@ -27,14 +28,16 @@ from effdet_jax.training import incidents, step
 
 FORMS = {
     'no guard': lambda finite, yes, no, *operands: yes(*operands),
-    'as it is': step.either,
-    'where': step.select,
+    'as it is': step.branch,
+    'where': lambda finite, yes, no, *operands: jax.tree.map(
+        lambda a, b: jnp.where(finite, a, b), yes(*operands), no(*operands)
+    ),
 }
 LOG_INTERVAL = 20
 
 
 def main(rounds: int = 60) -> None:
-    seconds, metrics = alternate({name: take_steps(either) for name, either in FORMS.items()}, rounds)
+    seconds, metrics = alternate({name: take_steps(branch) for name, branch in FORMS.items()}, rounds)
     bare = np.array(seconds['no guard'])
     rows = []
     for name, times in seconds.items():
@@ -47,11 +50,11 @@ def main(rounds: int = 60) -> None:
     print(f'host: {1e6 * host:.0f} us a step, {host / np.median(bare):.2%} of a step')
 
 
-def take_steps(either: Callable) -> Callable[[], Any]:
+def take_steps(branch: Callable) -> Callable[[], Any]:
     """A function that takes one more step of a run of its own, waits for it and returns its metrics."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(step, 'either', either):
-        run = train.build(quickstart.get_config(), Path(folder))
-        state, batch = devices.replicate(run.initial_state()), devices.shard(next(run.batches))
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(step, 'branch', branch):
+        run = build.build_run(quickstart.get_config(), Path(folder))
+        state, batch = devices.replicate(run.initial_state()), devices.shard(next(run.data.batches))
 
         def take() -> Any:
             nonlocal state
@@ -78,7 +81,7 @@ def alternate(takes: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[st
 def host_seconds(metrics: Any) -> float:
     """Per step, of everything that the loop does for the guards, at the quickstart's log interval."""
     with tempfile.TemporaryDirectory() as folder, notices() as stop_is_asked, MetricsLog(Path(folder)) as log:
-        source, _ = train.open_sources(quickstart.get_config())
+        source, _ = build.open_sources(quickstart.get_config())
         watch, checkpoints = incidents.make_watch(source, Path(folder), 20), Checkpoints(Path(folder))
         index_B, repeats = np.arange(8), 20
         start = time.perf_counter()

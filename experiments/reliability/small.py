@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / 'tests'))
 import jax
 import tiny
 
-from effdet_jax import main, train
+from effdet_jax import build, main
 from effdet_jax.commands import cli
 from effdet_jax.configs import rules
 from effdet_jax.runtime import devices
@@ -32,6 +32,6 @@ def shard(batch):
 if __name__ == '__main__':
     rules.RULES['model.max_level'] = rules.whole(3)  # the only level that this network has
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    real_build_model, train.build_model = train.build_model, build_model
+    real_build_model, build.build_model = build.build_model, build_model
     real_shard, devices.shard = devices.shard, shard
     cli.run(main.main, required=('config', 'workdir'))

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from effdet_jax import data, inspection
+from effdet_jax.build import open_sources
 from effdet_jax.commands.check_data import inspection_report
 from effdet_jax.configs import bccd as bccd_config
 from effdet_jax.configs import default
 from effdet_jax.data.checks import KINDS
 from effdet_jax.errors import UserError
 from effdet_jax.records import console
-from effdet_jax.train import open_sources
 
 BCCD = Path(__file__).parents[3] / 'shared' / 'data' / 'bccd'
 needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason=f'no photographs: {BCCD} is absent')

@@ -15,7 +15,7 @@ import pytest
 import writers
 from flax import traverse_util
 
-from effdet_jax import train
+from effdet_jax import build
 from effdet_jax.commands.import_weights import importer
 from effdet_jax.configs import default
 from effdet_jax.errors import UserError
@@ -526,7 +526,7 @@ def test_640_pixels_unless_another_size_was_given():
 def test_training_would_replace_imported_weights(tmp_path):
     importer.import_weights(config := imports.config(), imports.file(tmp_path), workdir := tmp_path / 'imported')
     with pytest.raises(UserError, match=rf'imported weights.*--config\.train\.init_from={workdir}'):
-        train.build(config, workdir)
+        build.build_run(config, workdir)
 
 
 def test_a_backbone_is_no_detector(tmp_path):

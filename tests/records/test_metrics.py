@@ -12,9 +12,9 @@ from full_disk import full_disk
 from tensorboardX.proto.event_pb2 import Event
 
 from effdet_jax.errors import UserError
-from effdet_jax.records import console, metrics
+from effdet_jax.records import console
 from effdet_jax.records.console import Progress, info, table, track
-from effdet_jax.records.metrics import MetricsLog, Waiting, read_metrics
+from effdet_jax.records.metrics import MetricsLog, read_metrics
 
 LOOP = """
 import time
@@ -163,21 +163,6 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
     for text in ('training step 3/3', 'evaluating 1/2', 'loss 0.1667  images/s 85.25  waiting 3%', '[done] b'):
         assert text in without_colors(output)
     assert '\x1b[35m' not in run_python(LOOP, terminal=True, NO_COLOR='1')
-
-
-def test_waiting_is_the_share_of_time_inside(monkeypatch):
-    clock = iter([0.0, 1.0, 2.0, 5.0, 7.0, 10.0, 10.0, 20.0, 20.0, 21.0])
-    monkeypatch.setattr(metrics, 'perf_counter', lambda: next(clock))
-    waiting = Waiting()  # at 0
-    for _ in range(2):  # 1 to 2, 5 to 7
-        with waiting:
-            pass
-    assert waiting.share() == 0.3  # at 10
-    waiting.count(640)
-    assert waiting.per_second() == 64
-    waiting.reset()  # at 20
-    waiting.count(8)
-    assert waiting.share() == 0 and waiting.per_second() == 8
 
 
 def test_table_is_markdown_with_numbers_flush_right():

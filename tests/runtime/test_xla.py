@@ -3,7 +3,7 @@ import pytest
 
 from effdet_jax.records import console
 from effdet_jax.runtime import xla
-from effdet_jax.training.step import compile_step
+from effdet_jax.training.compiled import compile_step
 
 FASTER_MATH = 'xla_cpu_enable_fast_math'
 

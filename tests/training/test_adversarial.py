@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from effdet_jax import model, train
+from effdet_jax import build, model, train
 from effdet_jax.configs import default, rules
 from effdet_jax.detection import assignment, losses, preprocess
 from effdet_jax.detection.anchors import make_anchors
@@ -262,7 +262,7 @@ def runs(tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train, detector):
+        for module in (build, detector):
             patch.setattr(module, 'build_model', toy_of)
         patch.setitem(rules.RULES, 'model.max_level', rules.whole(3))
         train.train_and_evaluate(config(), folder / 'once')
@@ -306,7 +306,7 @@ def test_only_the_main_norms_leave_the_training(runs):
 
     c = config()
     c.train.init_from = str(runs[0])
-    fresh = train.build(c, runs[0].parent / 'next').initial_state()
+    fresh = build.build_run(c, runs[0].parent / 'next').initial_state()
     assert_same(fresh.best_variables, variables)
     for main, aux in layers_of(fresh.variables).values():
         assert_same(main, aux)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from effdet_jax.configs import default
 from effdet_jax.configs.recipes import RECIPES
+from effdet_jax.training import freeze
 from effdet_jax.training import optimizer as op
 
 STEPS_PER_EPOCH = 4
@@ -269,12 +270,10 @@ def test_what_is_frozen_does_not_count_in_the_clipping_norm():
 
 
 @pytest.mark.parametrize(
-    ('freeze', 'epoch', 'step'), [('', None, 0), ('', 3.0, 0), ('backbone', None, math.inf), ('backbone', 2.5, 10.0)]
+    ('pattern', 'epoch', 'step'), [('', None, 0), ('', 3.0, 0), ('backbone', None, math.inf), ('backbone', 2.5, 10.0)]
 )
-def test_the_step_at_which_everything_is_trained(freeze, epoch, step):
-    c = recipe(**{'train.freeze': freeze})
-    c.train.unfreeze_epoch = epoch
-    assert op.thaw_step(c, STEPS_PER_EPOCH) == step
+def test_the_step_at_which_everything_is_trained(pattern, epoch, step):
+    assert freeze.unfreeze_step(pattern, epoch, STEPS_PER_EPOCH) == step
 
 
 @pytest.mark.parametrize(
@@ -289,7 +288,7 @@ def test_the_step_at_which_everything_is_trained(freeze, epoch, step):
     ],
 )
 def test_a_pattern_matches_from_the_start_of_a_path(pattern, matches):
-    assert op.path_matches(pattern, ('backbone', 'stem', 'conv', 'kernel')) is matches
+    assert freeze.path_matches(pattern, ('backbone', 'stem', 'conv', 'kernel')) is matches
 
 
 # Recipes: what reaches the optimiser.

@@ -20,8 +20,8 @@ from effdet_jax.model.cost import cost_of_parts
 from effdet_jax.records.console import stage, track
 from effdet_jax.runtime import devices, process, timing, xla
 from effdet_jax.training import footprint
+from effdet_jax.training.compiled import compile_step, map_train_step
 from effdet_jax.training.state import init_state, init_variables
-from effdet_jax.training.step import compile_step, map_train_step
 
 PHOTO = 480, 640  # height, width of the pictures that go from image to boxes: the size most of COCO's have
 CLASSES_WITHOUT_DATA = 90

@@ -65,18 +65,18 @@ def _start_here(folder: Path, compiles: bool, over: Callable[[str], None]) -> No
     """Starts as `main` does; tells `over` the name of each phase when it is over."""
     import jax
 
-    from effdet_jax import train
+    from effdet_jax.build import build_run
     from effdet_jax.runtime import devices
-    from effdet_jax.training.step import compile_step
+    from effdet_jax.training.compiled import compile_step
 
     over('Python and imports')
     config = run_config.load(folder)
     over('config')
-    run = train.build(config, folder / 'run')
+    run = build_run(config, folder / 'run')
     over('data, optimizer')
-    state, batch = devices.replicate(run.initial_state()), devices.shard(next(run.batches))
+    state, batch = devices.replicate(run.initial_state()), devices.shard(next(run.data.batches))
     over('weights, state onto the devices, first batch')
-    frozen = run.thaw_step > 0
+    frozen = run.timetable.unfreeze_step > 0
 
     def lower() -> jax.stages.Lowered:
         lowered = run.train_step.lower(state, batch, frozen)

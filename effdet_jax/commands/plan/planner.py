@@ -27,9 +27,9 @@ from effdet_jax.records.console import info, stage, table, track
 from effdet_jax.records.network_drawing import save_drawing
 from effdet_jax.runtime import devices
 from effdet_jax.training import footprint
+from effdet_jax.training.compiled import compile_step
 from effdet_jax.training.footprint import HostBatch, PlannedStep, StepMemory
-from effdet_jax.training.optimizer import thaw_step
-from effdet_jax.training.step import compile_step
+from effdet_jax.training.freeze import unfreeze_step
 
 MIN_LEVEL = BACKBONE_LEVELS[0]
 CLASSES_WITHOUT_DATA = 90  # COCO's
@@ -63,7 +63,8 @@ def plan(
         yield from anchor_report.sections(config, listing, fit)
 
     batch_size = devices.host_batch_size('config.train.batch_size', config.train.batch_size, config.train.accumulate)
-    frozen = math.isinf(thaw_step(config, 1))  # for good; otherwise what matters is the time after
+    t = config.train
+    frozen = math.isinf(unfreeze_step(t.freeze, t.unfreeze_epoch, 1))  # otherwise what matters is the time after
     step = footprint.plan_step(config, model, image_anchors(config), frozen)
 
     def batch_of(images: int) -> HostBatch:
