@@ -28,7 +28,7 @@ def build_run(config: Any, workdir: Path) -> Run:
     """Opens the data and checks everything that can be checked. Writes nothing.
 
     Raises:
-      UserError: for anything in the config, the data or the work directory that the user can mend.
+      UserError: for anything in the config, the data or the work directory that the user can fix.
     """
     run_config.check(config)
     c = run_config.Recorded(config)  # in the end every key must have been read

@@ -1,4 +1,4 @@
-"""A detector over a whole data set: every image once, on any number of devices and hosts -> COCO and VOC numbers."""
+"""Runs a detector over a data set, on any number of devices and hosts, and computes COCO and VOC metrics."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ SUMMARY = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large', 'AR100', '
 
 
 class Evaluated(NamedTuple):
-    """What was found in one image. error: why it could not be read, '' where it could."""
+    """The detections in one image. error: why it could not be read; '' if it could."""
 
     annotations: data.Annotations
     detections: Detections
@@ -32,7 +32,7 @@ Found = dict[int, Evaluated]  # by index into the source
 
 
 class BestEvaluation(NamedTuple):
-    """The step of the best checkpoint, the evaluation split, and what was found in it."""
+    """An evaluation of the best checkpoint: its step, the evaluation split, metrics and detections."""
 
     step: int
     source: data.Source
@@ -48,10 +48,10 @@ def evaluate_best(config: Any, workdir: Path) -> dict[str, float]:
 def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
     """Evaluates the best checkpoint of `workdir` on the config's evaluation split.
 
-    The training data are not opened: the run's own config knows the classes.
+    The training data are not needed: the classes are in the run's own config.
 
     Raises:
-      UserError: where the work directory holds no run of this config.
+      UserError: if the work directory holds no run of this config.
     """
     run_config.check(config)
     d = config.dataset
@@ -67,7 +67,7 @@ def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
 
 
 def remember_classes(config: Any, source: data.Source, category_ids: Sequence[int]) -> None:
-    """Fills in what the config left to the data, so that `config.json` alone says what a label means."""
+    """Adds the classes found in the data to the config, so that `config.json` alone says what a label means."""
     with config.unlocked():
         config.dataset.class_names = source.class_names
         config.dataset.category_ids = tuple(category_ids) or source.category_ids
@@ -76,14 +76,14 @@ def remember_classes(config: Any, source: data.Source, category_ids: Sequence[in
 def make_evaluate(
     config: Any, source: data.Source, detect: Callable
 ) -> Callable[[Any], tuple[dict[str, float], Found]]:
-    """`evaluate(variables) -> (metrics, all detections)`; `detect` is mapped, and `variables` are replicated.
+    """Returns `evaluate(variables)` -> (metrics, detections by image). `detect` is mapped, `variables` are replicated.
 
-    Metrics are named AP, AP50, ..., VOC_AP50, AP/<class>; boxes are in pixels of the original images. An image that
-    cannot be read counts as one in which nothing is found: its objects are missed, and it is named and counted in
-    `images_unreadable`. Leaving it out would make the figures of a damaged copy better than those of a sound one.
+    Metrics are named AP, AP50, ..., VOC_AP50, AP/<class>. Boxes are in pixels of the original images. An image that
+    cannot be read counts as an image without detections: its objects count as missed, and it is named and counted in
+    `images_unreadable`. Without it, a damaged copy of the data could score better than the original.
 
     Raises:
-      UserError: when more than the share config.dataset.max_unreadable of the images cannot be read.
+      UserError: if more than the share config.dataset.max_unreadable of the images cannot be read.
     """
     c, image_size, names = config.eval, tuple(config.image.size), source.class_names
     batch_size = devices.host_batch_size('config.eval.batch_size', c.batch_size)
@@ -110,7 +110,7 @@ def make_evaluate(
         found = dict(sorted(everything.items()))
         errors = [image.error for image in found.values() if image.error]
         for error in errors:
-            warn(f'counted as an image in which nothing is found: {error}')
+            warn(f'counted as an image without detections: {error}')
         data.check_unreadable(errors, len(source), max_unreadable)
         truths = [to_ground_truth_xyxy(image.annotations) for image in found.values()]
         detections = [image.detections for image in found.values()]
@@ -121,13 +121,13 @@ def make_evaluate(
 
 
 def to_ground_truth_xyxy(annotations: data.Annotations) -> GroundTruth:
-    """Annotations yxyx as the evaluators take them."""
+    """Annotations (yxyx) as ground truth for the evaluators (xyxy)."""
     a = annotations
     return GroundTruth(a.boxes_yxyx[:, [1, 0, 3, 2]], a.labels, a.areas, a.is_crowd, a.is_difficult)
 
 
 def draw(source: data.Source, found: Found, count: int) -> dict[str, np.ndarray]:
-    """Detections beside ground truth for the first `count` images that can be read, {image name: RGB}."""
+    """Draws detections beside ground truth for the first `count` readable images: {image name: RGB}."""
     drawn = {}
     for index, image in found.items():
         if len(drawn) == count:

@@ -14,12 +14,12 @@ from effdet_jax.training.run import resumed
 
 
 def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
-    """Trains what `config` describes, or goes on where `workdir` stands; returns the metrics of the last evaluation.
+    """Trains the model of `config` in `workdir`, or continues its run there.
 
-    SIGTERM or SIGINT: finishes the step, saves, and returns {}.
+    Returns the metrics of the last evaluation, or {} after SIGTERM or SIGINT, which finish the step and save.
 
     Raises:
-      UserError: for anything in the config, the data or the work directory that the user can mend.
+      UserError: for anything in the config, the data or the work directory that the user can fix.
     """
     run = build_run(config, workdir)
     timetable = run.timetable
@@ -34,7 +34,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
 
             stops = stop_is_asked(step)
             evaluates, saves = step in timetable.evaluations, step in timetable.saves or stops
-            # Logged before every save too: so no mean spans a restart, and a continued run logs the same numbers.
+            # Also before every save, so that no mean spans a restart and a continued run logs the same numbers.
             if step % timetable.log_interval == 0 or saves:
                 books.log(step)
             if evaluates:
@@ -57,14 +57,14 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
 
 
 def _last_evaluation(workdir: Path) -> dict[str, float]:
-    """Of a run that had nothing left to do."""
+    """The logged metrics of the last evaluation, for a run that was already complete."""
     rows = [row for row in read_metrics(workdir / 'metrics.jsonl') if 'eval/AP' in row]
     last = rows[-1] if rows else {}
     return {name.removeprefix('eval/'): value for name, value in last.items() if name != 'step'}
 
 
 def report(metrics: dict[str, float], workdir: Path) -> None:
-    """Prints the tables a run ends with."""
+    """Prints the final tables of a run."""
     classes = [name.removeprefix('AP/') for name in metrics if name.startswith('AP/')]
     result('\n' + evaluate.summary(metrics, tuple(classes)))
     info(f'\n{workdir}: report.html  config.json  metrics.jsonl  checkpoints/  tensorboard/  pictures/')

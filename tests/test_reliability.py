@@ -108,7 +108,7 @@ def test_a_signal_stops_after_the_step_and_the_command_continues(undisturbed, tm
     assert flat(printed.get()).endswith(
         f'stopped at step 4 of {STEPS}, all saved in {tmp_path}: the same command continues it'
     )
-    assert f'{number.name}: finishing this step and saving; once more to leave at once' in capfd.readouterr().err
+    assert f'{number.name}: finishing this step and saving; send it again to stop at once' in capfd.readouterr().err
     assert [row['step'] for row in read_metrics(tmp_path / 'metrics.jsonl')] == [2, 3, 4]
     with console.terminal.capture() as printed:
         train.train_and_evaluate(config(), tmp_path)

@@ -1,4 +1,4 @@
-"""The only file that knows that there are several devices, and several hosts."""
+"""Several devices and several hosts: the only file that knows of them."""
 
 import atexit
 import contextlib
@@ -19,19 +19,19 @@ from jax.experimental import multihost_utils
 from effdet_jax.errors import UserError
 
 AXIS = 'batch'
-HEARTBEAT_SECONDS = 30  # after which a silent process counts as dead
+HEARTBEAT_SECONDS = 30  # without a heartbeat for so long, a process counts as dead
 
-_last_words: list[Callable[[], Any]] = []  # of this process, to be withdrawn
+_last_words: list[Callable[[], Any]] = []  # functions that cancel the last line of this process
 
 
 def start_hosts(coordinator: str = '', num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Connects this process with the others of the run: as told, or where the environment says that there are any.
+    """Connects this process with the others of its run, if the arguments or the environment say that there are others.
 
-    coordinator: HOST:PORT of process 0. On TPU VMs and under srun jax knows all three by itself. A process that dies
-    ends the others within a minute; started again, they continue together from the last checkpoint.
+    coordinator: HOST:PORT of process 0. On TPU VMs and under srun, jax finds all three by itself. If a process dies,
+    the others end within a minute; started again, they continue together from the last checkpoint.
 
     Raises:
-      UserError: where the processes cannot be connected.
+      UserError: if the processes cannot be connected.
     """
     several = (
         coordinator
@@ -55,18 +55,18 @@ def start_hosts(coordinator: str = '', num_processes: int | None = None, process
 
 
 def _prepare_last_words() -> Callable[[], Any]:
-    """A last line in the log, should another process die: jax then ends this one from C++, past all exceptions.
+    """Prepares a last line for the log in case another process dies: jax then ends this one from C++, without Python.
 
-    Returns what to call where the process ends by itself.
+    Returns a function that cancels it.
     """
-    faulthandler.disable()  # which would bury the line under every thread's stack
+    faulthandler.disable()  # it would bury the line under the stacks of all threads
     words = (
         'error: this process was ended, most likely because another one of the run died (see above): start all of them '
         'again, and the run continues from the last checkpoint'
     )
     shell = subprocess.Popen(
         ['sh', '-c', f"read end || echo '{words}' >&2"], stdin=subprocess.PIPE, start_new_session=True
-    )  # `read` fails where this process ends without a word
+    )  # `read` fails if this process ends without writing
     withdraw = functools.partial(shell.communicate, b'end\n')
     atexit.register(withdraw)
     return withdraw
@@ -74,9 +74,9 @@ def _prepare_last_words() -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """A process of several that fails ends at once, and so ends the others; alone it raises as ever.
+    """With several processes, an error ends this process at once, and thereby the others. Otherwise it is raised.
 
-    (The way out of Python would wait for the other processes, and they wait for this one.)
+    The normal exit of Python would wait for the other processes, which wait for this one.
     """
     try:
         yield
@@ -102,14 +102,14 @@ def host() -> tuple[int, int]:
 
 
 def is_first_host() -> bool:
-    """Whether this process owns the work directory: the lock, the checkpoints."""
+    """Whether this process owns the work directory, with its lock and checkpoints."""
     return jax.process_index() == 0
 
 
 def notice_for_all(step: int) -> bool:
-    """Whether all hosts are to stop after this step, because one has been told to. To be called after every step.
+    """Whether all hosts must stop after this step because one received SIGTERM. Must be called after every step.
 
-    jax listens for SIGTERM on every host, and agrees with the others on a step that none of them has passed yet.
+    The hosts agree on a step that none of them has passed yet.
     """
     return multihost_utils.reached_preemption_sync_point(step)
 
@@ -121,7 +121,7 @@ def meet(name: str) -> None:
 
 
 def steps_ahead() -> int:
-    """How many steps the host may be ahead of the devices: none on a CPU, where each has scratch memory of its own."""
+    """How many steps the host may run ahead of the devices: 0 on CPU, where two steps would need twice the memory."""
     return 0 if jax.default_backend() == 'cpu' else 1
 
 
@@ -132,7 +132,7 @@ def describe_devices() -> str:
 
 
 def host_folder() -> str:
-    """Where this host writes its logs and pictures, below the work directory: the first one in the directory itself."""
+    """Where this host writes logs and pictures, relative to the work directory: the first host in `.`."""
     return f'hosts/{jax.process_index()}' if jax.process_index() else '.'
 
 
@@ -140,7 +140,7 @@ def host_batch_size(key: str, global_batch_size: int, parts: int = 1) -> int:
     """This host's share of a batch.
 
     Raises:
-      UserError: where the batch cannot be divided evenly among all devices, and there into `parts`.
+      UserError: if the batch cannot be divided evenly among all devices, and on each into `parts`.
     """
     if global_batch_size % (jax.device_count() * parts):
         into = f'{jax.device_count()} devices' + (f' x {parts} parts' if parts > 1 else '')
@@ -149,26 +149,26 @@ def host_batch_size(key: str, global_batch_size: int, parts: int = 1) -> int:
 
 
 def map_devices(function: Callable, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()) -> Callable:
-    """`function` on every device, each with its slice of the leading axis of every argument."""
+    """`function` mapped over the leading axis of its arguments, one slice per device."""
     return jax.pmap(function, axis_name=AXIS, donate_argnums=donate, static_broadcasted_argnums=static)
 
 
 def replicate(tree: Any) -> Any:
     """The same values on every device of this host, with a leading axis of devices."""
-    # Over the same named axis as the step: an array laid out over another would compile the step a second time.
+    # Over the same named axis as the step: another layout would compile the step twice.
     copy = jax.pmap(lambda _, values: values, in_axes=(0, None), axis_name=AXIS)
     return copy(np.arange(jax.local_device_count()), tree)
 
 
 def first_replica(tree: Any) -> Any:
-    """Undoes `replicate`: the first device's values, as NumPy arrays."""
+    """The inverse of `replicate`: the first device's values, as NumPy arrays."""
     return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """[B, ...] -> [devices, B / devices, ...]."""
-    devices = jax.local_device_count()
-    return {name: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]) for name, x in batch.items()}
+    count = jax.local_device_count()
+    return {name: x.reshape(count, x.shape[0] // count, *x.shape[1:]) for name, x in batch.items()}
 
 
 def unshard(tree: Any) -> Any:
@@ -177,10 +177,10 @@ def unshard(tree: Any) -> Any:
 
 
 def from_first_host(thing: Any, like: Any) -> Any:
-    """What the first host has, on every host, bit for bit; `like` has its tree, shapes and types. NumPy leaves."""
+    """Gives the first host's tree of NumPy arrays to every host, bit for bit. `like` has its tree, shapes and types."""
     if jax.process_count() == 1:
         return thing
-    # As bytes, because the hosts' values are added up (the others' zeros): -0.0 + 0.0 would be 0.0.
+    # As bytes, because the broadcast adds the hosts' values, and -0.0 + 0.0 would be 0.0.
     mine = thing if is_first_host() else like
     leaves, tree = jax.tree.flatten(jax.tree.map(np.asarray, mine))
     sent = [np.frombuffer(leaf.tobytes(), np.uint8) for leaf in leaves]
@@ -190,7 +190,7 @@ def from_first_host(thing: Any, like: Any) -> Any:
 
 
 def gather_objects(thing: Any) -> list[Any]:
-    """What every host has, in the order of the hosts, on every host. Any picklable object of our own making."""
+    """Gives the objects of all hosts, in order, to every host. For picklable objects of our own."""
     if jax.process_count() == 1:
         return [thing]
     data = np.frombuffer(pickle.dumps(thing), np.uint8)

@@ -1,4 +1,4 @@
-"""How a command starts: what it sets for its process before jax is imported."""
+"""Settings of a command's process, made before jax is imported: memory, garbage collector, compilation cache."""
 
 import ctypes
 import gc
@@ -12,31 +12,31 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 FOLDER = 'JAX_COMPILATION_CACHE_DIR'
-SETTINGS = {  # of jax, which reads them where it is imported
+SETTINGS = {  # jax reads them when it is imported
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-    'JAX_COMPILATION_CACHE_MAX_SIZE': str(4 * 2**30),  # bytes; then the ones that were used longest ago go
+    'JAX_COMPILATION_CACHE_MAX_SIZE': str(4 * 2**30),  # bytes; beyond it, the least recently used programs go
 }
 OBJECTS_BEFORE_GARBAGE = 100_000
 TUNABLES, HUGE_PAGES = 'GLIBC_TUNABLES', 'glibc.malloc.hugetlb'
-KEPT = 64 * 2**20  # bytes: all that one of glibc's heaps can hold, other than the first thread's
-KEPT_BY_GLIBC = 32 * 2**20  # what it comes to by itself
+KEPT = 64 * 2**20  # bytes: the size of a glibc heap of any thread but the first
+KEPT_BY_GLIBC = 32 * 2**20  # the most that glibc's own dynamic threshold reaches
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 WHO_GETS_HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 CONFIGS = Path(__file__).parents[1] / 'configs'  # a link to ../configs in a checkout, a folder where it is installed
-POSIX = ('fcntl', 'resource')  # modules of Python that Windows lacks
+POSIX = ('fcntl', 'resource')  # Python modules that Windows lacks
 
 
 def prepare() -> None:
-    """To be called before anything imports jax, and before anything is done: it may start the command once more."""
+    """Must be called before anything imports jax, and before any work: it may start the command again."""
     use_huge_pages()
-    # Tracing makes many objects and no garbage: with Python's 700, a quarter of its time goes into looking for it.
+    # Tracing makes many objects and no garbage: with Python's 700, collecting takes a quarter of its time.
     gc.set_threshold(OBJECTS_BEFORE_GARBAGE)
     keep_programs(os.environ)
 
 
 def problem() -> str:
-    """Why nothing of this package can run here, in one line; empty where it can."""
+    """One line that says why the package cannot run here; '' if it can."""
     try:
         for module in POSIX:
             importlib.import_module(module)
@@ -54,12 +54,13 @@ def problem() -> str:
 
 
 def use_huge_pages() -> None:
-    """Lets glibc ask for pages of 2 MiB where it takes much memory at once, which it can be told only from outside.
+    """Restarts the command so that glibc uses pages of 2 MiB for large allocations. Not under a debugger.
 
-    XLA takes its scratch memory anew in every call and gives it back, and the system has to find and clear every page
-    of it again: in pages of 4 KiB a quarter of a training step on CPU. So where the system gives larger ones to who
-    asks for them, the process becomes the same command with another environment; but not under a debugger, which would
-    lose it.
+    On CPU, XLA allocates its scratch memory in every call and frees it again, and the system must find and clear all
+    its pages: with pages of 4 KiB this is a quarter of a training step. glibc reads the setting only at the start of a
+    process, so the process replaces itself by the same command with another environment. (Keeping the memory in one
+    arena instead was slower: the compiler's threads waited for each other, and each allocation searched what the
+    compiler had left.)
     """
     if _must_ask_for_huge_pages() and not (sys.gettrace() or 'pydevd' in sys.modules):
         others = os.environ.get(TUNABLES)
@@ -72,26 +73,25 @@ def _must_ask_for_huge_pages() -> bool:
         return False
     try:
         return '[madvise]' in WHO_GETS_HUGE_PAGES.read_text()
-    except OSError:  # a kernel without them
+    except OSError:  # a kernel without huge pages
         return False
 
 
 def give_back_memory() -> None:
-    """Returns what is free to the system, once. To be called before a loop, or in its first round.
+    """Returns freed memory to the system. Call it once before a loop, or in its first iteration.
 
-    Compiling leaves gigabytes, reading a program half of one, and glibc would keep them. No effect with another C
-    library.
+    Compiling leaves gigabytes, and reading a compiled program half of one, which glibc would keep. Does nothing with
+    other C libraries.
     """
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_scratch_memory(most: int = KEPT) -> None:
-    """Lets glibc keep `most` bytes of what each thread frees, for what the same thread takes next.
+    """Lets glibc keep up to `most` freed bytes per thread for the thread's next allocation.
 
-    XLA's thread takes a call's scratch memory and gives it back whole, and to find and clear so much again takes
-    longer than many a layer does. So many bytes at most for each thread that computes. No effect with another C
-    library.
+    XLA allocates the scratch memory of every call and frees it again. Finding and clearing that much memory takes
+    longer than many layers do. Does nothing with other C libraries.
     """
     if platform.libc_ver()[0] == 'glibc':
         for parameter in (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD):
@@ -99,7 +99,7 @@ def keep_scratch_memory(most: int = KEPT) -> None:
 
 
 def keep_programs(environment: MutableMapping[str, str]) -> None:
-    """Lets jax keep what it compiles in a folder of the user's, unless the environment names another one."""
+    """Sets jax's persistent compilation cache to a folder of the user, unless the environment already names one."""
     if FOLDER in environment:
         return
     try:
@@ -109,9 +109,11 @@ def keep_programs(environment: MutableMapping[str, str]) -> None:
             raise PermissionError(13, 'Permission denied')
         if _others_can_write(folder):
             raise PermissionError(1, f'other users can write into {folder}, and so run programs in your name')
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         reason = error.strerror if isinstance(error, OSError) else error
-        print(f'warning: compiled programs are not kept ({reason}): {FOLDER}=FOLDER keeps them there', file=sys.stderr)
+        print(
+            f'warning: compiled programs are not cached ({reason}): set {FOLDER} to a folder for them', file=sys.stderr
+        )
         return
     for name, value in {FOLDER: str(folder), **SETTINGS}.items():
         environment.setdefault(name, value)
@@ -123,9 +125,9 @@ def _others_can_write(folder: Path) -> bool:
 
 
 def default_folder(environment: MutableMapping[str, str]) -> Path:
-    """Below XDG_CACHE_HOME or ~/.cache, one for each type of CPU: what was compiled for one may stop on another.
+    """A folder below XDG_CACHE_HOME or ~/.cache for each type of CPU: machines may share a home.
 
-    (A home may be shared by machines, and of jax's own key it is nowhere said that it knows the CPU's instructions.)
+    A program compiled for one CPU may crash on another; jax does not document that its key knows the instructions.
     """
     base = Path(environment.get('XDG_CACHE_HOME', ''))
     base = base if base.is_absolute() else Path.home() / '.cache'
@@ -134,7 +136,7 @@ def default_folder(environment: MutableMapping[str, str]) -> Path:
 
 
 def cpu_instructions() -> str:
-    """Those of this CPU that the system lists."""
+    """The instruction sets of this CPU, as the system lists them."""
     try:
         lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
     except OSError:  # not Linux

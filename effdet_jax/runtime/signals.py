@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to stop: the step is finished and saved. A second one ends the process at once."""
+"""SIGTERM and SIGINT: the run finishes its step, saves and stops. A second signal ends the process at once."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ from effdet_jax.runtime import devices
 
 @contextlib.contextmanager
 def notices() -> Iterator[Callable[[int], bool]]:
-    """`asked(step)`, to be called after every step: whether to stop here. The same on all hosts of a run.
+    """Yields `asked(step)`, to be called after every step: whether to stop here. All hosts get the same answer.
 
-    On several hosts SIGTERM belongs to jax, which passes it on to the others and takes about a second to agree on a
-    step; until then a second SIGTERM does nothing.
+    On several hosts jax handles SIGTERM: it tells the other hosts and takes about a second to agree on a step. Until
+    then a second SIGTERM has no effect.
     """
     several = devices.host()[1] > 1
     signals = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
@@ -25,10 +25,10 @@ def notices() -> Iterator[Callable[[int], bool]]:
         nonlocal received
         received = True
         for each in signals:
-            signal.signal(each, signal.SIG_DFL)  # the kernel's, which needs no Python: a step may hang
+            signal.signal(each, signal.SIG_DFL)  # the system's handler works even if a step hangs
         name = signal.Signals(number).name
         # os.write, because the signal may have come in the middle of a print
-        os.write(2, f'\n{name}: finishing this step and saving; once more to leave at once\n'.encode())
+        os.write(2, f'\n{name}: finishing this step and saving; send it again to stop at once\n'.encode())
         if several:
             signal.raise_signal(signal.SIGTERM)  # jax tells the other hosts
 
@@ -39,7 +39,7 @@ def notices() -> Iterator[Callable[[int], bool]]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return stop
 
-    if threading.current_thread() is not threading.main_thread():  # which alone can listen to signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield lambda step: False
         return
     before = {number: signal.getsignal(number) for number in signals}

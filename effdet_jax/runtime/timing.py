@@ -1,7 +1,7 @@
-"""Time and memory, and what may be said of them: blocks of calls, medians and their errors. Knows no jax, no torch.
+"""Measuring time and memory: blocks of calls, medians and their standard errors. Imports neither jax nor torch.
 
-Two systems are compared by blocks in turns: whatever else the machine does befalls neighbours in time alike, so the
-ratio of neighbours is steadier than that of two medians.
+Two systems are compared in alternating blocks. Whatever else the machine does affects neighbouring blocks alike, so the
+ratio of neighbours is steadier than the ratio of two medians.
 """
 
 import gc
@@ -23,23 +23,23 @@ _RESET_PEAK = '5'  # proc(5): clear_refs
 
 
 class Spread(NamedTuple):
-    """Of repeated measurements. `error`: of the median, one standard error; nan for a single one."""
+    """Statistics of repeated measurements. `error`: one standard error of the median; nan for a single measurement."""
 
     median: float
     error: float
-    low: float  # quartiles: half of all lie between
+    low: float  # lower and upper quartile
     high: float
     count: int
 
     def as_dict(self) -> dict[str, float | None]:
-        """Fit for JSON, which knows no nan."""
+        """For JSON: nan becomes None."""
         return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles. The error follows from the median absolute deviation, which a few outliers do not move.
+    """Median, quartiles, and the median's standard error from the median absolute deviation (robust to outliers).
 
-    Raises ValueError where there are none.
+    Raises ValueError if there are no values.
     """
     if not len(values):
         raise ValueError('no measurements')
@@ -50,15 +50,15 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float], theirs_more: float = 0.0) -> Spread:
-    """Of ours / theirs, round by round; `theirs_more` is added to each of theirs. Both in the order of the rounds."""
+    """The spread of ours / (theirs + theirs_more), round by round."""
     return spread([a / (b + theirs_more) for a, b in zip(ours, theirs, strict=True)])
 
 
 def seconds_per_call(call: Callable[[], Any], wait: Callable[[Any], Any], calls: int, ahead: int = 0) -> float:
-    """The mean over one block of `calls`, after one that does not count (it warms the caches up).
+    """The mean over one block of `calls`, after one warm-up call.
 
-    `call` starts work and returns what `wait` waits for; `ahead` calls may be under way when the next one is started:
-    0 to measure each by itself, 1 as the training loop does.
+    `call` starts work and returns what `wait` waits for. `ahead` calls may be running when the next one starts: 0 to
+    measure each by itself, 1 as in the training loop on accelerators.
     """
     wait(call())
     under_way: deque[Any] = deque()
@@ -73,36 +73,36 @@ def seconds_per_call(call: Callable[[], Any], wait: Callable[[Any], Any], calls:
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """Of one call, which returns when all is done."""
+    """Seconds of one call of `work`, which returns when it is done."""
     start = perf_counter()
     work()
     return perf_counter() - start
 
 
 def calls_in(seconds: float, seconds_of_one: float) -> int:
-    """How many calls make a block of about so many seconds; at least one."""
+    """How many calls fill a block of about `seconds`; at least one."""
     return max(1, round(seconds / seconds_of_one))
 
 
 def in_turns(names: Sequence[str], rounds: int) -> list[list[str]]:
-    """The order of the systems in each round: it rotates, so that none is always first."""
+    """The order of the systems in each round. It rotates, so that none is always first."""
     return [[names[(number + place) % len(names)] for place in range(len(names))] for number in range(rounds)]
 
 
 def settle() -> None:
-    """Gives freed memory back to the system and sets the peak of `peak_bytes` to what is resident then. Linux."""
+    """Returns freed memory to the system and resets `peak_bytes` to what is then resident. Linux only."""
     gc.collect()
     process.give_back_memory()
     Path('/proc/self/clear_refs').write_text(_RESET_PEAK)
 
 
 def resident_bytes() -> int:
-    """Of this process. Linux."""
+    """Resident memory of this process. Linux only."""
     return _status('VmRSS')
 
 
 def peak_bytes() -> int:
-    """The most that this process was resident with, since its start or since `settle`. Linux."""
+    """Peak resident memory of this process since its start or since `settle`. Linux only."""
     return _status('VmHWM')
 
 

@@ -1,6 +1,7 @@
-"""What XLA is asked for where it compiles, {platform: {option: value}}; elsewhere its defaults are best.
+"""XLA's compiler options for inference, for training and for programs that run once: {platform: {option: value}}.
 
-Measured in experiments/benchmarks. Options are no promise of XLA's: those that it does not know are left out.
+They are measured in experiments/benchmarks. On other platforms XLA's defaults are used. XLA does not promise to keep
+its options, so those that its version does not know are left out.
 """
 
 import functools
@@ -19,24 +20,25 @@ Options = Mapping[str, Mapping[str, Any]]
 
 INFERENCE: Options = {
     'cpu': {
-        # AVX-512's full registers, of which LLVM uses half unless it is told to. A CPU without them does not mind.
+        # The full registers of AVX-512; LLVM's default uses half of them. No effect on CPUs without AVX-512.
         'xla_cpu_prefer_vector_width': 512,
-        # YNNPACK for sums over an image, as ever, but not for matrix products, in which Eigen is quicker.
+        # YNNPACK for reductions, as by default, but Eigen for matrix products, where it is faster.
         'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE',
     }
 }
 TRAINING: Options = {
-    # And fewer passes over what is compiled: a step of D0 takes 1.03 to 1.07 of the time, and compiling 0.8.
+    # Fewer optimization passes: a step of D0 takes 1.03 to 1.07 of the time, compiling takes 0.8.
     'cpu': {**INFERENCE['cpu'], 'xla_cpu_opt_preset': 'CPU_OPT_PRESET_FAST_COMPILE'},
-    # The same bits from the same inputs: otherwise some kernels add up in the order in which their threads come.
+    # Bit-identical repetitions: otherwise the order of some sums depends on the timing of threads. It refuses the
+    # gradient of XLA's pooling (NAS-FPN, unusual sizes): `compile_step` then compiles without it and warns.
     'gpu': {'xla_gpu_exclude_nondeterministic_ops': True},
 }
-# No optimisation by LLVM: weights are drawn in four times the time, 0.2 s, by a program compiled in 0.6 of it, 8 s.
+# No LLVM optimization: initializing weights runs four times as long (0.2 s) but compiles in 0.6 of the time (8 s).
 ONCE: Options = {'cpu': {'xla_cpu_opt_preset': 'CPU_OPT_PRESET_FAST_COMPILE', 'xla_backend_optimization_level': 0}}
 
 
 def jit(function: Callable) -> Callable:
-    """`jax.jit` for inference. Tells the process's allocator to keep what a call needs (`keep_scratch_memory`)."""
+    """`jax.jit` for inference. Also lets the allocator keep scratch memory (`process.keep_scratch_memory`)."""
     process.keep_scratch_memory()
     return jax.jit(function, compiler_options=options(INFERENCE) or None)
 
@@ -47,7 +49,7 @@ def once(function: Callable, *arguments: Any) -> Any:
 
 
 def options(wanted: Options) -> dict[str, Any]:
-    """Those for the default platform that its compiler knows."""
+    """The options for the default platform that its compiler knows."""
     return {name: value for name, value in wanted.get(jax.default_backend(), {}).items() if _is_known(name, value)}
 
 
@@ -64,7 +66,7 @@ def _is_known(name: str, value: Any) -> bool:
 def known_flags(*flags: str) -> str:
     """A value for XLA_FLAGS: those of `flags` ('--xla_name=value') that this version of XLA knows.
 
-    XLA aborts the process on a flag that it does not know, so another process tries them.
+    XLA aborts the process on an unknown flag, so another process tries them.
     """
     environment = os.environ | {'XLA_FLAGS': ' '.join(flags), 'JAX_PLATFORMS': 'cpu'}
     command = [sys.executable, '-c', 'import jax; jax.devices()']

@@ -1,8 +1,7 @@
 """Augmentation on the device: uint8 batch in, uint8 batch out, boxes moved with the pixels.
 
-What happens to a picture is a function of the step's key and of its place in the global batch: neither the number of
-devices nor resuming changes it. Which augmentations are on is known when the step is compiled; one that is off, with a
-probability of 0, leaves no trace in the program.
+What happens to an image depends only on the step's key and its place in the global batch, not on the number of devices
+or on restarts. An augmentation with probability 0 is left out when the step is compiled.
 """
 
 import zlib
@@ -20,9 +19,9 @@ Batch = dict[str, jax.Array]
 
 
 class Augmentation(NamedTuple):
-    """function: (key, one sample, settings) -> sample; with `of_group` (key, pool, place in it, settings) -> sample.
+    """function: (key, one sample, settings) -> sample; with `of_group`, (key, pool, place in it, settings) -> sample.
 
-    keys: its settings in `config.augment.NAME` beside `probability`. fills: takes the colour of what is uncovered too.
+    keys: its settings in `config.augment.NAME` beside `probability`. fills: it also takes the fill color.
     """
 
     function: Callable[..., Sample]
@@ -42,10 +41,10 @@ AUGMENTATIONS = {
 
 
 def make_augment(config: Any, axis: str | None) -> Callable[[jax.Array, Batch], Batch]:
-    """`augment(key, batch)`, for one device of the mapped axis `axis`, or for all there is where that is None.
+    """Returns `augment(key, batch)` for one device of the mapped axis `axis`, or for a single device without one.
 
     Raises:
-      UserError: when it is called, where a batch cannot be grouped.
+      UserError: when called with a batch that cannot be divided into groups (mosaic, MixUp).
     """
     i, flip = config.image, config.augment.flip
     fill = tuple(min(max(round(i.padding * std + mean), 0), 255) for mean, std in zip(i.mean, i.std, strict=True))
@@ -60,7 +59,7 @@ def make_augment(config: Any, axis: str | None) -> Callable[[jax.Array, Batch], 
         samples = Sample(*(batch[field] for field in Sample._fields))
         keys_B = keys_of_samples(key, len(samples.image), axis)
         for name, (probability, of_group, function) in chosen.items():
-            # By its name: another one, switched on before it, does not change what it draws.
+            # Keyed by name: turning another augmentation on does not change what this one draws.
             own_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, zlib.crc32(name.encode()))
             samples = _apply(own_keys_B, samples, probability, function, of_group, axis)
         if chosen:
@@ -73,7 +72,7 @@ def make_augment(config: Any, axis: str | None) -> Callable[[jax.Array, Batch], 
 
 
 def keys_of_samples(key: jax.Array, batch: int, axis: str | None) -> jax.Array:
-    """A key per sample from its place in the global batch: the same for any number of devices."""
+    """A key per sample, from its place in the global batch: the same for any number of devices."""
     first = jax.lax.axis_index(axis) * batch if axis else 0
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(batch))
 
@@ -83,14 +82,14 @@ def _apply(
 ) -> Sample:
     whether_B, how_B = jax.vmap(jax.random.split, out_axes=1)(keys)
     drawn_B = jax.vmap(partial(jax.random.bernoulli, p=probability))(whether_B)
-    # Outside of the branch: there, devices that take the other one would be waited for.
+    # Outside the branch: inside, devices would wait for others that took the other branch.
     pool, places_B = mixing.with_partners(samples, axis) if of_group else (samples, None)
 
     def apply() -> Sample:
         changed = (
             jax.vmap(function, (0, None, 0))(how_B, pool, places_B) if of_group else jax.vmap(function)(how_B, pool)
         )
-        return jax.vmap(lambda drawn, *either: jax.tree.map(partial(jnp.where, drawn), *either))(
+        return jax.vmap(lambda drawn, *trees: jax.tree.map(partial(jnp.where, drawn), *trees))(
             drawn_B, changed, samples
         )
 

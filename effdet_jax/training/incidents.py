@@ -1,4 +1,4 @@
-"""The metrics of steps: a line of the log, and what that line would hide, losses that are not finite or that jump."""
+"""Metrics of steps: means for the log, and incidents that a mean would hide (skipped steps, spikes of the loss)."""
 
 import collections
 import math
@@ -16,7 +16,7 @@ from effdet_jax.records.console import warn
 from effdet_jax.records.metrics import MetricsLog
 from effdet_jax.runtime import devices
 
-WINDOW, ENOUGH = 200, 20  # losses that the next one is compared with: at most, at least
+WINDOW, ENOUGH = 200, 20  # a loss is compared with at most, and at least, so many earlier ones
 TIMES_MEDIAN = 2.0
 TIMES_SPREAD = 10.0
 
@@ -25,7 +25,7 @@ Row = tuple[int, dict[str, float], np.ndarray]  # step, its metrics, indices of 
 
 
 def fetch(pending: list[tuple[int, dict[str, jax.Array], np.ndarray]]) -> list[Row]:
-    """The metrics of steps, from the devices, which all have the same."""
+    """Fetches the metrics of steps; all devices hold the same values."""
     return [
         (step, {name: float(value.flat[0]) for name, value in values.items()}, index_B)
         for step, values, index_B in jax.device_get(pending)
@@ -33,16 +33,16 @@ def fetch(pending: list[tuple[int, dict[str, jax.Array], np.ndarray]]) -> list[R
 
 
 def means_of_steps(rows: list[Row]) -> dict[str, float]:
-    """Over the steps that were not skipped, and how many were."""
+    """The means over the steps that were not skipped, and the number of skipped ones."""
     done = [values for _, values, _ in rows if not values['skipped_steps']]
     means = {name: float(np.mean([values[name] for values in done])) if done else math.nan for name in rows[0][1]}
     return means | {'skipped_steps': len(rows) - len(done)}
 
 
 def make_watch(source: data.Source, workdir: Path, max_skipped: int) -> Callable[[list[Row], MetricsLog], None]:
-    """`watch(rows, log)` writes down incidents with their images on all hosts. To be given every step, in order.
+    """Returns `watch(rows, log)`, which logs incidents with their images on all hosts. It must see every step.
 
-    It raises UserError where `max_skipped` steps in a row were skipped.
+    It raises UserError after `max_skipped` skipped steps in a row.
     """
     incidents, path = Incidents(), workdir / 'incidents.jsonl'
 
@@ -53,11 +53,11 @@ def make_watch(source: data.Source, workdir: Path, max_skipped: int) -> Callable
     def watch(rows: list[Row], log: MetricsLog) -> None:
         for step, values, index_B in rows:
             if incident := incidents.see(step, values):
-                # Every host has seen the same numbers, so all of them come by here.
+                # All hosts see the same numbers, so all of them arrive here.
                 indices = [int(index) for part in devices.gather_objects(index_B) for index in part]
                 log.incident(step, incident.as_json() | {'images': [describe(index) for index in indices]})
                 skipped = incident.kind == 'skipped'
-                effect = 'the step is skipped' if skipped else f'{incident.usual_loss:.4g} was usual'
+                effect = 'the step is skipped' if skipped else f'the median was {incident.usual_loss:.4g}'
                 warn(
                     f'step {step}: loss {values["loss"]:.4g}, gradient norm {values["gradient_norm"]:.4g}, '
                     f'{effect}; its images are in {path}'
@@ -65,7 +65,7 @@ def make_watch(source: data.Source, workdir: Path, max_skipped: int) -> Callable
             if incidents.skipped_in_a_row >= max_skipped:
                 raise UserError(
                     f'{max_skipped} steps in a row, up to step {step}, had no finite loss and gradient; {path} names '
-                    'their images. Where those are in order, lower config.schedule.learning_rate or compute with '
+                    'their images. If the images are fine, lower config.schedule.learning_rate or set '
                     'config.model.dtype=float32, in another --workdir'
                 )
 
@@ -73,7 +73,7 @@ def make_watch(source: data.Source, workdir: Path, max_skipped: int) -> Callable
 
 
 class Incident(NamedTuple):
-    """kind: 'skipped' or 'spike'. usual_loss: the median of the steps before it, nan where there are too few."""
+    """kind: 'skipped' or 'spike'. usual_loss: the median of the losses before it, nan if there are too few."""
 
     step: int
     kind: str
@@ -81,7 +81,7 @@ class Incident(NamedTuple):
     usual_loss: float
 
     def as_json(self) -> dict[str, Any]:
-        """JSON has no nan and no infinity, and here it matters which: they are the strings 'nan', 'inf', '-inf'."""
+        """Numbers that JSON lacks become the strings 'nan', 'inf' and '-inf'."""
         numbers = {'usual_loss': self.usual_loss, **self.values}
         return {'kind': self.kind} | {
             name: value if math.isfinite(value) else str(value) for name, value in numbers.items()
@@ -89,11 +89,11 @@ class Incident(NamedTuple):
 
 
 class Incidents:
-    """Watches the values of single steps.
+    """Detects skipped steps and spikes of the loss.
 
-    A loss is a spike where it is more than twice the median of the last 200 finite losses, and further above it than
-    10 times their spread (1.4826 times the median distance from the median, which for normal noise is one standard
-    deviation). Neither is moved by a few earlier spikes. The first 20 steps after a start only fill the window.
+    A loss is a spike if it is more than twice the median of the last 200 finite losses, and lies more than 10 spreads
+    above it. The spread is 1.4826 times the median distance from the median, which for normal noise is one standard
+    deviation. A few earlier spikes move neither. The first 20 steps after a start only fill the window.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Incidents:
         self._losses = collections.deque[float](maxlen=WINDOW)
 
     def see(self, step: int, values: Mapping[str, float]) -> Incident | None:
-        """To be called for every step in order; `values` hold at least `loss` and `skipped_steps`."""
+        """Must be called for every step in order. `values` holds at least `loss` and `skipped_steps`."""
         enough = len(self._losses) >= ENOUGH
         median = statistics.median(self._losses) if enough else math.nan
         if values['skipped_steps']:
@@ -111,5 +111,5 @@ class Incidents:
         loss = values['loss']
         spread = 1.4826 * statistics.median(abs(x - median) for x in self._losses) if enough else math.nan
         self._losses.append(loss)
-        is_spike = loss > max(TIMES_MEDIAN * median, median + TIMES_SPREAD * spread)  # nan: is not
+        is_spike = loss > max(TIMES_MEDIAN * median, median + TIMES_SPREAD * spread)  # False for nan
         return Incident(step, 'spike', values, median) if is_spike else None

@@ -1,4 +1,4 @@
-"""What a step minimises, before L2: the losses at a batch of images and, where the config says so, at attacked ones."""
+"""What a step minimizes, before L2: the losses of a batch and, with `config.adversarial`, of attacked images."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Examples(NamedTuple):
-    """A batch, or a part of it, as the network learns from it. Leading axis B everywhere."""
+    """A batch, or a part of one (gradient accumulation), with its targets."""
 
     pixels: jax.Array  # uint8 [B, H, W, 3]
     valid_size: jax.Array  # int32 [B, 2]
@@ -24,11 +24,11 @@ class Examples(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Divided by the normaliser: each a number, or a number of each image, [B]."""
+    """Divided by the normalizer; scalars, or [B] with one value per image."""
 
     of_class: jax.Array
-    of_box: jax.Array  # with its weights
-    metrics: Metrics  # without
+    of_box: jax.Array  # weighted
+    metrics: Metrics  # the single losses, not weighted
 
     @property
     def total(self) -> jax.Array:
@@ -38,8 +38,8 @@ class Losses(NamedTuple):
 def make_objective(config: Any, model: EfficientDet, anchors_N4: Any) -> Callable:
     """`objective(params, batch_stats, examples, normalizer, key) -> (loss, (batch statistics, metrics))`.
 
-    For one device of the mapped axis `model.axis_name`, of parameters and batch statistics as the state has them.
-    Losses and metrics are this part's share: to be added up over parts and devices.
+    It is written for one device of the mapped axis `model.axis_name`. Losses and metrics are this part's share: their
+    sum over parts and devices is that of the batch.
     """
     mean, std, padding, parts = config.image.mean, config.image.std, config.image.padding, config.train.accumulate
     weight, epsilon = config.adversarial.weight, config.adversarial.epsilon
@@ -60,8 +60,8 @@ def make_objective(config: Any, model: EfficientDet, anchors_N4: Any) -> Callabl
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         images = normalize(examples.pixels, examples.valid_size)
         outputs, new_stats = forward(params, batch_stats, images, key)
-        found = losses_of(outputs, examples.targets, normalizer)
-        return found.total, (new_stats, found.metrics | {'loss': found.total})
+        batch_losses = losses_of(outputs, examples.targets, normalizer)
+        return batch_losses.total, (new_stats, batch_losses.metrics | {'loss': batch_losses.total})
 
     def with_attack(
         params: Any, batch_stats: Any, examples: Examples, normalizer: jax.Array, key: Any
@@ -69,12 +69,12 @@ def make_objective(config: Any, model: EfficientDet, anchors_N4: Any) -> Callabl
         pixels, valid_size, targets = examples
         main = adversarial.main(params), adversarial.main(batch_stats)
         auxiliary = adversarial.auxiliary(params), adversarial.auxiliary(batch_stats)
-        held = jax.lax.stop_gradient(auxiliary)  # the attack is given, not learned
+        fixed = jax.lax.stop_gradient(auxiliary)  # no gradient flows through the attack
 
         def losses_at(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-            # The same blocks are dropped as in the passes below: attacked is the very network that learns from it.
-            found = losses_of(forward(*held, images, key)[0], targets, normalizer, per_image=True)
-            return found.of_class, found.of_box
+            # The same key as below, so the same blocks are dropped: the attacked network is the one that learns.
+            per_image = losses_of(forward(*fixed, images, key)[0], targets, normalizer, per_image=True)
+            return per_image.of_class, per_image.of_box
 
         images, class_won_B = adversarial.attack(losses_at, partial(normalize, valid_size=valid_size), pixels, epsilon)
         outputs, auxiliary_stats = forward(*auxiliary, images, key)
@@ -89,7 +89,7 @@ def make_objective(config: Any, model: EfficientDet, anchors_N4: Any) -> Callabl
 
 
 def make_losses(config: Any, anchors_N4: Any) -> Callable[..., Losses]:
-    """`losses_of(outputs, targets, normalizer, per_image=False)`; sums over the batch, or over each image."""
+    """Returns `losses_of(outputs, targets, normalizer, per_image=False)`: sums over the batch, or over each image."""
     c = config.loss
     focal = dict(alpha=c.alpha, gamma=c.gamma, label_smoothing=c.label_smoothing)
     delta, box_weight, iou_kind, iou_weight = c.delta, c.box_weight, c.iou_kind, c.iou_weight
@@ -107,7 +107,7 @@ def make_losses(config: Any, anchors_N4: Any) -> Callable[..., Losses]:
             penalty_BN = losses.iou_loss(
                 outputs.box_regressions, targets.regressions, jnp.asarray(anchors_N4), iou_kind
             )
-            metrics['iou_loss'] = summed(penalty_BN) / (4 * normalizer)  # as the official one: 4 for its coordinates
+            metrics['iou_loss'] = summed(penalty_BN) / (4 * normalizer)  # divided by the 4 coordinates, as officially
             of_box += iou_weight * metrics['iou_loss']
         return Losses(class_loss, of_box, metrics)
 

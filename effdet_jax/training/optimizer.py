@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from effdet_jax.training.freeze import unfreeze_step, unless_frozen
 
-REFERENCE_BATCH = 64  # official learning rates are stated for this batch size
+REFERENCE_BATCH = 64  # the batch size of the official learning rates
 
 
 def make_optimizer(
@@ -42,7 +42,7 @@ def is_kernel(params: Any) -> Any:
 # name -> (momentum, weight decay) -> update direction, before the learning rate
 OPTIMIZERS: dict[str, Callable[[float, float], optax.GradientTransformation]] = {
     'sgd': lambda momentum, decay: (
-        # Without a decay nothing in front: the tree of the state is part of every checkpoint.
+        # Without weight decay there is no transformation for it: the state's tree is part of every checkpoint.
         optax.chain(optax.add_decayed_weights(decay, mask=is_kernel), optax.trace(momentum))
         if decay
         else optax.trace(momentum)
@@ -55,16 +55,16 @@ OPTIMIZERS: dict[str, Callable[[float, float], optax.GradientTransformation]] = 
 
 
 def clip(limit: float, each: bool) -> optax.GradientTransformation:
-    """To a global norm of at most `limit`, as in optax; with `each`, every gradient by its own norm before.
+    """Clips to a global norm of at most `limit`, as in optax. With `each`, clips every gradient by its own norm first.
 
-    The latter are the official code's two stages. What a gradient's norm is after the first follows from what it was.
+    `each` gives the official code's two stages. The norms after the first stage follow from those before it.
     """
 
     def update(gradients: Any, _: Any) -> Any:
         if not each:
             factor = _at_most(limit, jnp.sqrt(squared_norm(gradients)))
             return jax.tree.map(lambda g: g * factor, gradients)
-        # Scalars and no vector of them: taking the i-th would make every gradient's product a program of its own.
+        # Scalars instead of a vector: indexing it would give each product a loop of its own to compile.
         leaves, tree = jax.tree.flatten(gradients)
         norms = [jnp.sqrt(jnp.vdot(g, g, precision='highest')) for g in leaves]
         factors = [_at_most(limit, norm) for norm in norms]
@@ -76,18 +76,18 @@ def clip(limit: float, each: bool) -> optax.GradientTransformation:
 
 
 def squared_norm(tree: Any) -> Float[Array, '']:
-    """Of all leaves together: one sum over a copy, since as many sums as leaves take seconds to compile."""
+    """The squared global norm, as one sum over a copy: a sum per leaf would take seconds to compile."""
     flat = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
     return jnp.vdot(flat, flat, precision='highest')
 
 
 def _at_most(limit: float, norm: Array) -> Array:
-    """What to multiply with for a norm of at most `limit`."""
+    """The factor that brings a norm down to at most `limit`."""
     return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16))
 
 
 def scale_by_learning_rate(schedule: Callable) -> optax.GradientTransformationExtraArgs:
-    """As in optax; but `update` takes the `learning_rate` of its step, if that is known already."""
+    """As in optax, but `update` also accepts the `learning_rate` of its step if it is known already."""
     own = optax.scale_by_learning_rate(schedule)
 
     def update(updates: Any, state: Any, params: Any = None, *, learning_rate: Any = None, **_: Any) -> tuple[Any, Any]:
@@ -99,11 +99,11 @@ def scale_by_learning_rate(schedule: Callable) -> optax.GradientTransformationEx
 
 
 def make_schedule(c: Any, batch_size: int, steps_per_epoch: int, total_steps: int) -> Callable[[Any], jax.Array]:
-    """Linear warm-up, then the decay that `c.decay` names. Start and rate are scaled with the batch where asked for.
+    """Linear warm-up, then the decay `c.decay`. With `c.scale_with_batch`, rates are scaled by batch size / 64.
 
-    The cosine counts from step 0, not from the end of the warm-up, as in the official code. It ends at `c.final_rate`;
-    the official one divides by the steps after the warm-up, and rises a little at the end (docs/reference.md,
-    Optimization).
+    As in the official code, the cosine counts from step 0, not from the end of the warm-up. Here it ends at
+    `c.final_rate`; the official one divides by the steps after the warm-up and rises a little at the end
+    (docs/reference.md, Optimization).
     """
     factor = batch_size / REFERENCE_BATCH if c.scale_with_batch else 1.0
     rate, start, final = c.learning_rate * factor, c.warmup_start * factor, c.final_rate

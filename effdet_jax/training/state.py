@@ -1,4 +1,4 @@
-"""All that changes during a run. It is one pytree, and so one checkpoint."""
+"""Everything that changes during a run: one pytree, and so one checkpoint."""
 
 from typing import Any
 
@@ -19,9 +19,9 @@ Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}
 
 @flax.struct.dataclass
 class TrainState:
-    """Randomness is a function of `step` and the seed, so no key is kept."""
+    """No random key is stored: randomness is a function of `step` and the seed."""
 
-    # Any: JAX and Orbax also make such trees of shapes, or of what is to be done with each array.
+    # Any: JAX and Orbax also make such trees of shapes and of instructions.
     step: Any  # int32 [], number of steps done
     variables: Any  # Variables
     ema: Any  # moving average of the variables; {} where none is kept
@@ -29,7 +29,7 @@ class TrainState:
 
     @property
     def best_variables(self) -> Variables:
-        """What to evaluate and to deploy: records/deployed.py."""
+        """The variables to evaluate and to deploy: records/deployed.py."""
         return deployed({'variables': self.variables, 'ema': self.ema})[1]
 
 
@@ -42,7 +42,7 @@ def init_variables(model: nn.Module, seed: int) -> Variables:
 def init_state(
     variables: Variables, optimizer: optax.GradientTransformation, ema_decay: float, attacked: bool = False
 ) -> TrainState:
-    """Step 0 from given variables; `attacked`: of a training that needs auxiliary batch norms."""
+    """The state of step 0. `attacked`: adds the auxiliary batch norms of adversarial training."""
     if attacked:
         variables = with_auxiliary(variables)
 
@@ -57,12 +57,12 @@ def init_state(
 def state_shapes(
     model: nn.Module, optimizer: optax.GradientTransformation, ema_decay: float, attacked: bool = False
 ) -> TrainState:
-    """The shapes and types of what `init_state` makes. Computes and allocates nothing."""
+    """The shapes and types of `init_state`'s result. Computes and allocates nothing."""
     return jax.eval_shape(lambda fresh: init_state(fresh, optimizer, ema_decay, attacked), shapes_of(model))
 
 
 def arrays_like(shapes: Any) -> Any:
-    """NumPy arrays of these shapes and types, for what takes arrays as its pattern: a single zero each in memory."""
+    """NumPy arrays of these shapes and types, for functions that want arrays. Each takes the memory of one number."""
     return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
 
 
@@ -70,15 +70,15 @@ BATCH_STATS_DECAY = 0.99  # the "momentum" of batch norm
 
 
 def moving_average(average: Any, value: Any, weight: Any) -> Any:
-    """One step of it: `weight` is the value's, `averaging_weight`."""
+    """average + weight * (value - average); see `averaging_weight`."""
     return jax.tree.map(lambda a, v: a + weight * (v - a), average, value)  # exact where both are equal
 
 
 def averaging_weight(decay: float, step: jax.Array) -> jax.Array:
-    """1 - min(decay, (1 + t) / (10 + t)): starting with a short memory, an average forgets the random start.
+    """1 - min(decay, (1 + t) / (10 + t)): a short memory at first, so that the average forgets the random start.
 
-    Of the variables, and of the batch statistics (docs/reference.md, Backbone). The official code averages the latter
-    with a constant 0.99 from variance 1, of which 3 per cent are left after 360 steps: where the true variance is 0.01,
-    evaluation is wrong for most of a short run. From step 891 on there is no difference.
+    Used for the variables and for the batch statistics (docs/reference.md, Backbone). The official code averages batch
+    statistics with a constant 0.99 from variance 1. After 360 steps 3 percent of that 1 are left, so where the true
+    variance is 0.01, evaluation is wrong for most of a short run. From step 891 on both are the same.
     """
     return 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))

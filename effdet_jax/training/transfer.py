@@ -1,4 +1,4 @@
-"""Starting from the weights of another run: what fits is taken, and the rest is accounted for."""
+"""Starting from the weights of another run: loads the arrays that fit and reports the others."""
 
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,23 @@ from effdet_jax.records.checkpoint import has_checkpoints, load_variables
 from effdet_jax.records.console import info, table
 from effdet_jax.training.state import Variables
 
-MAY_DIFFER = ('params', 'class_net', 'predict')  # the one part that depends on the number of classes
+MAY_DIFFER = ('params', 'class_net', 'predict')  # depends on the number of classes
 
-# Weights expect these as they were in their training; a run that starts from them may still choose others.
+# The weights were trained with these settings. A run that starts from them may still change them, with a note.
 MEANING_OF_WEIGHTS = ('model.anchors.', 'image.mean', 'image.std', 'image.padding')
 
 Row = tuple[str, int, int, int]  # part, parameters loaded, re-initialised, skipped
 
 
 def check_start(workdir: Path, shapes: Variables) -> None:
-    """Raises UserError where `start_from` would: now, before anything is written, and without keeping the weights."""
+    """Raises the UserError that `start_from` would raise, before anything is written. Keeps no weights in memory."""
     if not has_checkpoints(workdir):
         raise UserError(f'{workdir} holds no checkpoints: set config.train.init_from to a run that has saved one')
     transfer(shapes, load_variables(workdir, run_config.load(workdir).checkpoint.best)[1])
 
 
 def start_from(workdir: Path, fresh: Variables, config: Any) -> Variables:
-    """`fresh` with the best weights of another run; prints what was loaded, and what it was used to see."""
+    """`fresh` with the best weights of another run. Prints what was loaded and which settings differ."""
     their_config = run_config.load(workdir)
     step, weights = load_variables(workdir, their_config.checkpoint.best)
     for key, theirs, ours in run_config.differences(their_config, config, MEANING_OF_WEIGHTS):
@@ -41,12 +41,12 @@ def start_from(workdir: Path, fresh: Variables, config: Any) -> Variables:
 
 
 def transfer(fresh: Variables, source: Variables) -> tuple[Variables, list[Row]]:
-    """`fresh` with every array that `source` has under the same path in the same shape, and a table of what came of it.
+    """`fresh` with each array that `source` has under the same path in the same shape, and a row for each part.
 
-    A source may lack whole parts (a backbone alone); those keep their fresh values.
+    The source may lack whole parts (a backbone alone); they keep their fresh values.
 
     Raises:
-      UserError: where anything else but the class predictor differs, naming the first differences.
+      UserError: if anything but the class predictor differs. Names the first differences.
     """
     ours: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(fresh))
     theirs: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(source))

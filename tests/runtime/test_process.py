@@ -32,7 +32,8 @@ def test_where_nothing_can_be_kept_there_is_a_warning(tmp_path, capsys):
     process.keep_programs(environment)
     assert process.FOLDER not in environment
     assert capsys.readouterr().err == (
-        'warning: compiled programs are not kept (Not a directory): JAX_COMPILATION_CACHE_DIR=FOLDER keeps them there\n'
+        'warning: compiled programs are not cached (Not a directory): '
+        'set JAX_COMPILATION_CACHE_DIR to a folder for them\n'
     )
 
 

@@ -28,7 +28,7 @@ def test_a_signal_is_heard_at_the_end_of_the_step_and_handlers_are_put_back(numb
         assert signal.getsignal(number) is signal.SIG_DFL
     assert {each: signal.getsignal(each) for each in before} == before
     assert capfd.readouterr().err.strip() == (
-        f'{number.name}: finishing this step and saving; once more to leave at once'
+        f'{number.name}: finishing this step and saving; send it again to stop at once'
     )
 
 

@@ -1,1 +1,1 @@
-"""What can be done to a training picture, one kind a file; `training/augment.py` chooses among them."""
+"""The augmentations, a file for each kind. `training/augment.py` applies them."""

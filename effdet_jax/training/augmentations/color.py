@@ -1,4 +1,4 @@
-"""Colours that change while every pixel stays where it is. Statistics are those of the picture without its padding."""
+"""Color changes; no pixel moves. Statistics leave out the padding."""
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +14,34 @@ YIQ = np.array([GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])  #
 def color_jitter(
     key: Array, sample: Sample, brightness: float, contrast: float, saturation: float, hue: float
 ) -> Sample:
-    """Brightness, contrast, saturation and hue at random, in this order, as one linear map that is rounded once.
+    """Random brightness, contrast, saturation and hue, in this order, as one linear map that is rounded once.
 
-    brightness: x f; contrast: m + (x - m) f, m the mean grey; saturation: g + (x - g) f, g the pixel's grey; each f
-    even in 1 -+ its strength. hue: chroma turned in the YIQ plane by up to `hue` turns either way, luma kept.
+    brightness: x f. contrast: m + (x - m) f, where m is the mean grey. saturation: g + (x - g) f, where g is the
+    pixel's grey. Each f is uniform in 1 ± its strength. hue: rotates the chroma in the YIQ plane by up to `hue` turns
+    either way; luma stays.
     """
     draws_4 = jax.random.uniform(key, (4,), minval=-1, maxval=1)
     f_brightness, f_contrast, f_saturation = 1 + draws_4[:3] * jnp.array([brightness, contrast, saturation])
-    # Constants in NumPy, and products summed by hand: matrix products of accelerators keep too few digits of a colour.
+    # Products are summed by hand: the matrix units of accelerators are not precise enough for colors.
     mean_grey = (mean_color(sample) * jnp.asarray(GREY)).sum() * f_brightness
     after_contrast = _times(f_brightness * f_contrast * jnp.eye(3), jnp.eye(3))
     after_saturation = _times(blend_with_grey(f_saturation), after_contrast)
     matrix_33 = _times(turn_hue(draws_4[3] * hue), after_saturation)
-    constant = (1 - f_contrast) * mean_grey  # a grey, which neither saturation nor hue changes
+    constant = (1 - f_contrast) * mean_grey  # a grey, so saturation and hue do not change it
     return sample._replace(image=recolor(sample.image, matrix_33, constant))
 
 
 def recolor(
     image: UInt8[Array, 'H W 3'], matrix: Float[Array, '3 3'], constant: Float[Array, ''] | float = 0.0
 ) -> UInt8[Array, 'H W 3']:
-    """matrix RGB + constant, of every pixel."""
-    # Written out: as a sum over an axis of three it takes 70 times as long on CPU.
+    """matrix @ RGB + constant for every pixel."""
+    # Written out, because a sum over an axis of three takes 70 times as long on CPU.
     red, green, blue = (image[..., c : c + 1].astype(jnp.float32) * matrix[:, c] for c in range(3))
     return to_uint8(red + green + blue + constant)
 
 
 def turn_hue(turns: Float[Array, '']) -> Float[Array, '3 3']:
-    """RGB -> RGB whose two components of chroma are turned; greys stay."""
+    """A map RGB -> RGB that rotates the chroma (YIQ) by so many turns; greys stay."""
     sine, cosine = jnp.sin(2 * jnp.pi * turns), jnp.cos(2 * jnp.pi * turns)
     one, zero = jnp.ones(()), jnp.zeros(())
     rotation = jnp.stack(
@@ -50,12 +51,12 @@ def turn_hue(turns: Float[Array, '']) -> Float[Array, '3 3']:
 
 
 def blend_with_grey(factor: Float[Array, '']) -> Float[Array, '3 3']:
-    """RGB -> g + factor (RGB - g), g the grey of the pixel: 0 is grey, 1 changes nothing."""
+    """A map RGB -> g + factor (RGB - g), where g is the pixel's grey: 0 gives grey, 1 changes nothing."""
     return factor * jnp.eye(3) + (1 - factor) * jnp.tile(jnp.asarray(GREY), (3, 1))
 
 
 def sharpen(image: UInt8[Array, 'H W 3'], interior: Bool[Array, 'H W 1'], factor: Array) -> UInt8[Array, 'H W 3']:
-    """s + factor (x - s), s smoothed by [1 1 1; 1 5 1; 1 1 1] / 13 as in PIL's Sharpness; only the `interior`."""
+    """s + factor (x - s), where s is x smoothed by [1 1 1; 1 5 1; 1 1 1] / 13 as in PIL; only in the `interior`."""
     x = image.astype(jnp.float32)
     height, width, _ = image.shape
     around = jnp.pad(x, ((1, 1), (1, 1), (0, 0)))
@@ -64,7 +65,7 @@ def sharpen(image: UInt8[Array, 'H W 3'], interior: Bool[Array, 'H W 1'], factor
 
 
 def histogram(sample: Sample) -> Int[Array, '3 256']:
-    """How often each level occurs in each channel."""
+    """The number of pixels of each level in each channel, without the padding."""
     counted = jnp.broadcast_to(inside(sample), sample.image.shape).astype(jnp.int32)
     bins = sample.image.astype(jnp.int32) + 256 * jnp.arange(3)
     return jnp.zeros(3 * 256, jnp.int32).at[bins].add(counted, mode='promise_in_bounds').reshape(3, 256)
@@ -81,7 +82,7 @@ def mean_color(sample: Sample) -> Float[Array, '3']:
 
 
 def to_uint8(x: Float[Array, '*S']) -> UInt8[Array, '*S']:
-    """Rounded, and cut to what a byte holds."""
+    """Clipped to 0..255 and rounded."""
     return jnp.round(jnp.clip(x, 0, 255)).astype(jnp.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Pixels that move, and their boxes with them: mirrored, under an affine map, covered."""
+"""Flips, affine maps and erasing: pixels move or disappear, and boxes follow."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from effdet_jax.training.augmentations.sample import MIN_VISIBLE, Sample, areas, cut, inside, intersections, largest
 
-Fill = tuple[int, int, int]  # RGB, of what is uncovered
+Fill = tuple[int, int, int]  # RGB of uncovered pixels
 
 
 def random_flip(key: Array, sample: Sample) -> Sample:
-    """Mirrors the picture left to right with probability one half; the padding at its right stays where it is."""
+    """Flips the image horizontally with probability 1/2; the padding stays on the right."""
     image, boxes, _, valid_size = sample
     width = valid_size[1]
     x = jnp.arange(image.shape[1])
@@ -26,10 +26,11 @@ def random_flip(key: Array, sample: Sample) -> Sample:
 
 
 def warp(sample: Sample, linear: Float[Array, '2 2'], shift: Float[Array, '2'], fill: Fill) -> Sample:
-    """The point p = (y, x) of the picture goes to `c + linear (p - c) + shift`, c its centre; `valid_size` stays.
+    """Moves each point p = (y, x) to `c + linear (p - c) + shift`, where c is the image's centre.
 
     Pixels are interpolated bilinearly. A box becomes the box around its moved corners (Zoph et al. 2019, "Learning Data
-    Augmentation Strategies for Object Detection"), is cut at the picture's edge, and dropped by the rule of `cut`.
+    Augmentation Strategies for Object Detection"), so it may be larger than the object. It is then clipped to the image
+    and dropped by the rule of `cut`.
     """
     image, boxes, labels, valid_size = sample
     height, width, _ = image.shape
@@ -61,30 +62,31 @@ def interpolate(
     x: Float[Array, '*S'],
     size: Int[Array, '*#S 2'],
 ) -> UInt8[Array, '*S 3']:
-    """Bilinear, at points of images that begin at `pixels[start]`, have `row` pixels in a row and show `size` of them.
+    """Bilinear interpolation at points (y, x) of images stored in `pixels`.
 
-    The centre of the first pixel is (0.5, 0.5); beyond the outermost centres the outermost pixels are repeated.
+    An image begins at `pixels[start]`, has `row` pixels in a row, and `size` (height, width) of it are valid. The
+    centre of the first pixel is (0.5, 0.5). Beyond the outermost centres, edge pixels are repeated.
     """
     (top, share_y), (left, share_x) = ((jnp.floor(p - 0.5), (p - 0.5) % 1) for p in (y, x))
 
     def add(total: Array, corner: tuple[Array, Array]) -> tuple[Array, None]:
         dy, dx = corner
         weight = (1 - dy + (2 * dy - 1) * share_y) * (1 - dx + (2 * dx - 1) * share_x)
-        # Clipped as floats: far outside, whole numbers would overflow.
+        # Clipped as floats, because integers would overflow far outside.
         i = jnp.clip(top + dy, 0, size[..., 0] - 1.0).astype(jnp.int32)
         j = jnp.clip(left + dx, 0, size[..., 1] - 1.0).astype(jnp.int32)
         return total + weight[..., None] * pixels.at[start + i * row + j].get(mode='promise_in_bounds'), None
 
-    # A loop, so that `pixels` are computed before it. XLA else computes them anew for each of the four that are read.
+    # A loop, so that XLA computes `pixels` before it, and not once for each of the four corners.
     corners = jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([0.0, 1.0, 0.0, 1.0])
     return jnp.round(jax.lax.scan(add, jnp.zeros((*y.shape, 3)), corners)[0]).astype(jnp.uint8)
 
 
 def erase(key: Array, sample: Sample, area: Sequence[float], aspect: Sequence[float]) -> Sample:
-    """Random erasing (Zhong et al. 2020; image-aware, random values): noise in one rectangle.
+    """Random erasing (Zhong et al. 2020; image-aware, random values): fills one rectangle with noise.
 
-    `area`: least and largest share of the picture; `aspect`: of height to width, even on a logarithmic scale. What is
-    longer than the picture is shortened. Boxes stay as they are; one with less than a quarter left to see is dropped.
+    `area`: range of its share of the image. `aspect`: range of height / width, log-uniform. Sides are clipped to the
+    image. Boxes keep their place; a box with less than a quarter visible is dropped.
     """
     image, boxes, labels, valid_size = sample
     of_area, of_aspect, of_corner, of_noise = jax.random.split(key, 4)

@@ -1,7 +1,9 @@
-"""Several training pictures become one. Partners come from the four pictures of a group.
+"""Mosaic and MixUp: several training images become one. The partners are the four images of a group.
 
-A group is four neighbours in the *global* batch, so who meets whom does not depend on the number of devices: a device
-with a multiple of four pictures has whole groups, one with one or two asks its neighbours for the rest of theirs.
+A group is four neighbours in the *global* batch, so the partners do not depend on the number of devices. A device with
+a multiple of four images holds whole groups; one with one or two images gathers the rest of its group from its
+neighbours, never the whole batch. The price: a batch must be divisible into groups, and the four mosaics of a group
+show the same images.
 """
 
 import jax
@@ -13,16 +15,16 @@ from effdet_jax.training.augmentations.color import to_uint8
 from effdet_jax.training.augmentations.geometry import Fill, interpolate
 from effdet_jax.training.augmentations.sample import Sample, cut, inside, largest
 
-GROUP = 4  # a mosaic's pictures
+GROUP = 4  # images of a mosaic
 
 
 def with_partners(samples: Sample, axis: str | None) -> tuple[Sample, Int[Array, 'B']]:
-    """([P, ...] pictures in whole groups, place of each of this device's B pictures among them).
+    """Returns (P images in whole groups, the place of each of this device's B images among them).
 
-    Groups begin at every fourth place. `axis`: the mapped axis of devices, each of which has as many pictures.
+    Groups begin at every fourth place. `axis` is the mapped axis of devices.
 
     Raises:
-      UserError: where the groups cannot be made.
+      UserError: if the batch cannot be divided into groups.
     """
     batch = len(samples.image)
     devices = jax.lax.axis_size(axis) if axis else 1
@@ -40,11 +42,11 @@ def with_partners(samples: Sample, axis: str | None) -> tuple[Sample, Int[Array,
 
 
 def mosaic(key: Array, pool: Sample, place: Int[Array, '']) -> Sample:
-    """The four pictures of a group in the four quarters around a random point (Bochkovskiy et al. 2020, YOLOv4).
+    """Puts the four images of a group into the four quarters around a random point (Bochkovskiy et al. 2020, YOLOv4).
 
-    The point lies in the middle half of the input, which is filled: no padding is left. Each picture is halved, or
-    scaled so that it covers its quarter where half is not enough, and shows a random part of itself. Boxes are cut at
-    their quarter and dropped by the rule of `cut`; of more than M the M largest are kept.
+    The point lies in the middle half of the input, and no padding is left. Each image is halved, or scaled to cover its
+    quarter where half is too small, and a random part of it is shown. Boxes are clipped to their quarter and dropped by
+    the rule of `cut`; the M largest are kept.
     """
     height, width = pool.image.shape[1:3]
     of_order, of_centre, of_part = jax.random.split(key, 3)
@@ -75,12 +77,12 @@ def mosaic(key: Array, pool: Sample, place: Int[Array, '']) -> Sample:
 
 
 def mixup(key: Array, pool: Sample, place: Int[Array, ''], alpha: float, fill: Fill) -> Sample:
-    """share * picture + (1 - share) * another of the group, share from Beta(alpha, alpha).
+    """share * image + (1 - share) * another image of the group, with share from Beta(alpha, alpha).
 
-    The result is as high and as wide as the larger of the two; what one of them does not reach shows `fill` in its
-    place. The boxes of both are kept, the M largest of them; all weigh the same. Zhang et al. 2019 ("Bag of Freebies
-    for Training Object Detection Neural Networks") count an object as much as its picture is visible, with alpha 1.5;
-    a loss without weights wants an alpha at which both can be seen.
+    The result has the larger height and width of the two; where one image does not reach, `fill` takes its place. The
+    M largest boxes of both are kept, all with weight 1, because the loss has no weights. (Zhang et al. 2019, "Bag of
+    Freebies for Training Object Detection Neural Networks", weight an object by the share of its image, with alpha
+    1.5.) So choose an alpha with which both images stay visible.
     """
     of_partner, of_share = jax.random.split(key)
     other = place // GROUP * GROUP + (place + jax.random.randint(of_partner, (), 1, GROUP)) % GROUP

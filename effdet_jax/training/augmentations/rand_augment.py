@@ -1,8 +1,8 @@
-"""RandAugment (Cubuk et al. 2020): so many operations out of a table, each drawn evenly, all of the same magnitude.
+"""RandAugment (Cubuk et al. 2020): `layers` operations drawn uniformly from a table, all with the same magnitude.
 
-An operation says what it does with a few numbers (`Change`): a table of grey levels, two factors, a linear map. So
-choosing one per image costs nothing, and pixels are moved once however many layers there are: levels do not depend on
-places, and maps are multiplied. Operations and ranges are the paper's, moved boxes those of Zoph et al. 2019.
+An operation is described by a few numbers (`Change`): a table of levels, two factors and a linear map. So drawing one
+per image is cheap, and pixels move once for any number of layers: the linear maps are multiplied. Operations and ranges
+are the paper's; boxes move as in Zoph et al. 2019.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from effdet_jax.training.augmentations.sample import Sample
 
 MAX_MAGNITUDE = 10
 LEVELS = tuple(range(256))
-# At magnitude 10. Translation: the paper's 150 pixels of a picture of about 640.
+# At magnitude 10. Translation: the paper's 150 pixels in an image of about 640.
 MAX_DEGREES, MAX_SHEAR, MAX_TRANSLATION, MAX_ENHANCEMENT = 30.0, 0.3, 0.25, 0.9
 
 
 class Change(NamedTuple):
-    """levels: [3, 256], the new level of each old one. saturation, sharpness: factors as in color.py; 1 is none.
+    """levels: [3, 256], the new level of each old one. saturation, sharpness: factors as in color.py, 1 for none.
 
-    linear, shift: [2, 2] and [2], of (y, x) around the picture's centre, as in `geometry.warp`.
+    linear [2, 2], shift [2]: a map of (y, x) around the image's centre, as in `geometry.warp`.
     """
 
     levels: Array
@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
 
 def rand_augment(key: Array, sample: Sample, layers: int, magnitude: float | Float[Array, ''], fill: Fill) -> Sample:
-    """`layers` operations of the table, one after the other; the geometric ones together at the end."""
+    """Applies `layers` random operations of the table; the geometric ones together at the end."""
     size_2 = sample.valid_size.astype(jnp.float32)
     linear, shift, image = jnp.eye(2), jnp.zeros(2), sample.image
     for layer in jax.random.split(key, layers):
@@ -74,20 +74,20 @@ def identity(setting: Setting) -> Change:
 
 
 def auto_contrast(setting: Setting) -> Change:
-    """Each channel's darkest level becomes 0, its brightest 255; a channel of one level stays."""
+    """Stretches each channel to 0..255; a channel with a single level stays."""
     present_3L, levels_L = setting.histogram > 0, jnp.asarray(LEVELS, jnp.float32)
     darkest_31 = jnp.where(present_3L, levels_L, 255).min(axis=1, keepdims=True)
     brightest_31 = jnp.where(present_3L, levels_L, 0).max(axis=1, keepdims=True)
     range_31 = brightest_31 - darkest_31
-    # PIL cuts off what is behind the point.
+    # PIL truncates.
     stretched_3L = jnp.floor((levels_L - darkest_31) * 255 / jnp.maximum(range_31, 1) + 1e-4)
     return identity(setting)._replace(levels=jnp.where(range_31 > 0, stretched_3L, levels_L))
 
 
 def equalize(setting: Setting) -> Change:
-    """All levels about equally often, by PIL's ImageOps.equalize: (step / 2 + pixels that are darker) / step.
+    """Histogram equalization as in PIL's ImageOps.equalize: (step // 2 + number of darker pixels) // step.
 
-    step: the pixels that are not of the brightest level, / 255, in whole numbers; where it is 0 the channel stays.
+    step: (number of pixels - those of the brightest level) // 255; if it is 0, the channel stays.
     """
     counts_3L, levels_L = setting.histogram, jnp.asarray(LEVELS, jnp.float32)
     up_to_3L = jnp.cumsum(counts_3L, axis=1)
@@ -98,14 +98,14 @@ def equalize(setting: Setting) -> Change:
 
 
 def posterize(setting: Setting) -> Change:
-    """The highest 8 - 4 strength bits of each level are kept."""
+    """Keeps the highest 8 - 4 strength bits of each level."""
     cleared = jnp.round(4 * setting.strength).astype(jnp.int32)
     levels_L = (jnp.asarray(LEVELS) >> cleared) << cleared
     return identity(setting)._replace(levels=jnp.tile(levels_L.astype(jnp.float32), (3, 1)))
 
 
 def solarize(setting: Setting) -> Change:
-    """Levels from 256 (1 - strength) on are inverted."""
+    """Inverts levels from 256 (1 - strength) on."""
     levels_L = jnp.asarray(LEVELS, jnp.float32)
     inverted_L = jnp.where(levels_L < 256 * (1 - setting.strength), levels_L, 255 - levels_L)
     return identity(setting)._replace(levels=jnp.tile(inverted_L, (3, 1)))
@@ -117,7 +117,7 @@ def brightness(setting: Setting) -> Change:
 
 
 def contrast(setting: Setting) -> Change:
-    """Away from the mean grey of the picture, or towards it."""
+    """Away from the image's mean grey, or towards it."""
     change, counts_3L = identity(setting), setting.histogram
     means_3 = (counts_3L * change.levels).sum(axis=1) / jnp.maximum(counts_3L.sum(axis=1), 1)
     mean_grey = (means_3 * jnp.asarray(color.GREY)).sum()
@@ -133,13 +133,13 @@ def sharpness(setting: Setting) -> Change:
 
 
 def rotate(setting: Setting) -> Change:
-    """Clockwise where the sign is 1: up to 30 degrees."""
+    """By up to 30 degrees, clockwise if the sign is 1."""
     angle = jnp.deg2rad(_signed(setting, MAX_DEGREES))
     return _linear(setting, jnp.cos(angle), jnp.sin(angle), -jnp.sin(angle), jnp.cos(angle))
 
 
 def shear_x(setting: Setting) -> Change:
-    """Rows slide along themselves: x + k y, |k| up to 0.3."""
+    """x + k y, |k| up to 0.3."""
     return _linear(setting, 1, 0, _signed(setting, MAX_SHEAR), 1)
 
 
@@ -148,7 +148,7 @@ def shear_y(setting: Setting) -> Change:
 
 
 def translate_x(setting: Setting) -> Change:
-    """By up to a quarter of the picture's width."""
+    """By up to a quarter of the image's width."""
     return identity(setting)._replace(shift=jnp.array([0.0, _signed(setting, MAX_TRANSLATION) * setting.valid_size[1]]))
 
 

@@ -1,18 +1,18 @@
-"""A training picture with its boxes, and what becomes of boxes that are cut, covered or too many."""
+"""A training image with its boxes, and the rules for boxes that are clipped, covered or too many."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-MIN_VISIBLE = 0.25  # of a box's area: with less of it left, nothing says any more what the object is
+MIN_VISIBLE = 0.25  # of a box's area: with less, the object can hardly be recognized
 MIN_SIDE = 1.0  # pixels
 
 
 class Sample(NamedTuple):
-    """One image, or with a leading axis a batch. Boxes yxyx in pixels inside `valid_size` (height, width).
+    """One image, or a batch of them. Boxes are yxyx in pixels, inside `valid_size` (height, width).
 
-    Boxes whose label is -1 are padding and stand at the end.
+    Boxes with label -1 are padding; they come last.
     """
 
     image: UInt8[Array, '*B H W 3']
@@ -22,19 +22,19 @@ class Sample(NamedTuple):
 
 
 def inside(sample: Sample) -> Bool[Array, 'H W 1']:
-    """True on the picture, False on the padding at its right and bottom."""
+    """True on the image, False on the padding to the right and below."""
     height, width, _ = sample.image.shape
     rows_H, columns_W = jnp.arange(height) < sample.valid_size[0], jnp.arange(width) < sample.valid_size[1]
     return (rows_H[:, None] & columns_W)[..., None]
 
 
 def areas(boxes: Float[Array, '*N 4']) -> Float[Array, '*N']:
-    """Square pixels; 0 where a side is negative."""
+    """In square pixels; 0 if a side is negative."""
     return jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0).prod(axis=-1)
 
 
 def intersections(boxes: Float[Array, '*N 4'], windows: Float[Array, '*#N 4']) -> Float[Array, '*N 4']:
-    """What of each box lies in its window; a side is negative where nothing does."""
+    """The part of each box inside its window; a side is negative if there is none."""
     corner = jnp.maximum(boxes[..., :2], windows[..., :2])
     return jnp.concatenate([corner, jnp.minimum(boxes[..., 2:], windows[..., 2:])], axis=-1)
 
@@ -42,7 +42,7 @@ def intersections(boxes: Float[Array, '*N 4'], windows: Float[Array, '*#N 4']) -
 def cut(
     boxes: Float[Array, '*N 4'], labels: Int[Array, '*N'], windows: Float[Array, '*#N 4']
 ) -> tuple[Float[Array, '*N 4'], Int[Array, '*N']]:
-    """Boxes cut at their windows. Label -1 where less than a quarter of the area or than a pixel's side is left."""
+    """Clips boxes to windows. Label -1 if less than a quarter of the area, or less than a pixel of a side, is left."""
     cut_N4 = intersections(boxes, windows)
     visible_N = areas(cut_N4) >= MIN_VISIBLE * areas(boxes)
     long_enough_N = (cut_N4[..., 2:] - cut_N4[..., :2] >= MIN_SIDE).all(axis=-1)
@@ -52,9 +52,9 @@ def cut(
 def largest(
     boxes: Float[Array, 'N 4'], labels: Int[Array, 'N'], most: int
 ) -> tuple[Float[Array, 'M 4'], Int[Array, 'M']]:
-    """The `most` largest boxes in falling order of their areas, then padding: label -1 and a box of zeros.
+    """The `most` largest boxes by descending area, then padding (label -1, a box of zeros).
 
-    Where there are too many, it is the smallest ones that are hardest to see, and so to miss.
+    If there are too many, the smallest go: they are the hardest to see.
     """
     order_M = jnp.argsort(jnp.where(labels >= 0, -areas(boxes), 1.0), stable=True)[:most]
     labels_M = labels[order_M]
