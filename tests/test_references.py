@@ -137,3 +137,28 @@ def test_links(link, leads, tmp_path):
         assert (dead_references(tmp_path, [page]) == []) is leads
     page.write_text(f'{PAGE}`[text]({link})`\n\n```\n[text]({link})\n```\n')  # shown, not linked
     assert dead_references(tmp_path, [page]) == []
+
+
+# ARCHITECTURE.md.
+
+
+def test_the_tree_in_architecture_is_the_package():
+    package = ROOT / 'effdet_jax'
+    tree = section((ROOT / 'ARCHITECTURE.md').read_text(), 'The house').partition('\nconfigs/')[0]
+    modules = {path.name for path in package.rglob('*.py') if 'configs' not in path.parts}
+    folders = {path.parent.name for path in package.rglob('*.py') if 'configs' not in path.parts}
+    described = set(re.findall(r'(?<![\w/])\w+\.py', tree))
+    assert described - {'__init__.py'} == modules - {'__init__.py'}
+    assert set(re.findall(r'(\w+)/(?: |\n)', tree)) - {'templates'} == folders
+
+
+def test_the_files_that_architecture_names_exist():
+    text = section((ROOT / 'ARCHITECTURE.md').read_text(), 'Decisions')
+    named = re.findall(r'`([\w/]+\.(?:py|md|toml))`', text)
+    assert len(named) > 20
+    assert [name for name in named if not any((ROOT / start / name).exists() for start in ('', 'effdet_jax'))] == []
+
+
+def section(text, heading):
+    """What stands below `## heading`."""
+    return text.partition(f'\n## {heading}\n')[2].partition('\n## ')[0]
