@@ -189,6 +189,25 @@ def test_an_unknown_shell_is_bad_usage():
     assert effdet('completion', 'fish') == (2, '', 'error: name one shell of bash, zsh\n')
 
 
+# From Python.
+
+IMPORTS = """
+import sys
+import effdet_jax
+assert {'Detector', 'train_and_evaluate'} <= set(dir(effdet_jax)) and not hasattr(effdet_jax, 'detector')
+print(*sys.modules)
+from effdet_jax import Detector, train_and_evaluate
+from effdet_jax import inference, train
+assert Detector is inference.Detector and train_and_evaluate is train.train_and_evaluate
+"""
+
+
+def test_the_package_loads_libraries_on_first_use():
+    code, out, error = python('-c', IMPORTS)
+    assert code == 0, error
+    assert set(HEAVY).isdisjoint(out.split())
+
+
 # Installed.
 
 
@@ -224,6 +243,10 @@ def test_a_wheel_has_the_command_the_configs_the_templates_and_the_requirements(
         assert {path.name for path in ours.iterdir() if path.is_file()} == {
             path.name for path in (site / 'effdet_jax' / folder).iterdir()
         }
+
+
+def test_a_wheel_is_typed(site):
+    assert (site / 'effdet_jax' / 'py.typed').is_file()
 
 
 def test_an_installed_command_finds_its_configs_from_any_folder(site, tmp_path):
