@@ -1,6 +1,6 @@
 r"""Claims of docs/seed_report.md on the embedded shapes: three sizes, two rates, the backbone frozen at first or not.
 
-    python -m experiments.report.sweep runs/report --config=configs/d0.py:report \
+    python -m experiments.seed_report.sweep runs/seed_report --config=configs/d0.py:report \
         --config.image.size='(128, 128)' --config.train.epochs=1 --config.train.batch_size=8
 """
 

@@ -1,6 +1,6 @@
 r"""Freezing (docs/seed_report.md, Training) with a backbone that knows ImageNet: BCCD, Lite0, Adam.
 
-    python -m experiments.report.pretrained runs/report_pretrained --config=configs/bccd.py:lite0,report \
+    python -m experiments.seed_report.pretrained runs/seed_report_pretrained --config=configs/bccd.py:lite0,report \
         --config.dataset.source=voc:path/to/bccd --config.train.init_from=runs/lite0_imagenet --config.train.epochs=10
 """
 
