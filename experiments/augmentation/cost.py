@@ -6,7 +6,6 @@ Times the compiled augmentation by itself, for every image of the batch, on one 
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from effdet_jax.configs import default
 from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
 from effdet_jax.records.console import table
+from effdet_jax.runtime import timing
 from effdet_jax.training.augment import AUGMENTATIONS, make_augment
 from effdet_jax.training.compiled import compile_step
 from effdet_jax.training.optimizer import make_optimizer
@@ -36,7 +36,12 @@ def main(size: int = 512, batch_size: int = 8, rounds: int = 15) -> None:
     takes = {'train step': train_step(config, batch, len(source.class_names)), 'flip': augmentation(config, batch)}
     takes |= {name: augmentation(config, batch, name) for name in AUGMENTATIONS}
     takes['all'] = augmentation(config, batch, *AUGMENTATIONS)
-    seconds = alternate(takes, rounds)
+    for take in takes.values():  # compiles
+        jax.block_until_ready(take())
+    seconds = {name: [] for name in takes}
+    for order in timing.in_turns(list(takes), rounds):
+        for name in order:
+            seconds[name].append(timing.seconds_of(lambda name=name: jax.block_until_ready(takes[name]())))
     step = statistics.median(seconds['train step'])
     rows = [
         (name, f'{1e3 * statistics.median(times) / batch_size:.2f}', f'{statistics.median(times) / step:.1%}')
@@ -62,18 +67,6 @@ def train_step(config: default.ConfigDict, batch: dict[str, jax.Array], num_clas
     step = jax.jit(make_train_step(config, model, optimizer, schedule, image_anchors(config)))
     step = compile_step(step.lower(state, batch))
     return lambda: step(state, batch)
-
-
-def alternate(takes: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, the first one of each, which compiles, left out."""
-    seconds = {name: [] for name in takes}
-    for number in range(rounds + 1):
-        for name, take in takes.items():
-            start = time.perf_counter()
-            jax.block_until_ready(take())
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 if __name__ == '__main__':

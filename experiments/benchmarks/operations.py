@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -301,16 +300,8 @@ def _onnx_kind(
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """Of one call, once it is warm."""
-    for _ in range(3):
-        call()
-    blocks = []
-    for _ in range(CALLS):
-        start = perf_counter()
-        for _ in range(CALLS):
-            call()
-        blocks.append((perf_counter() - start) / CALLS)
-    return timing.spread(blocks).median
+    """Of one call, which returns when all is done."""
+    return timing.spread([timing.seconds_per_call(call, lambda _: None, CALLS) for _ in range(CALLS)]).median
 
 
 def _median(calls: list[dict[str, float]], name: str) -> float:

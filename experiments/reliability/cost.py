@@ -4,7 +4,6 @@ Takes the quickstart's step in three forms in turns, so that whatever else the m
 guard, as it is (on CPU a branch), and with `where`. Then times what the loop does for the guards on the host.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from effdet_jax.configs import quickstart
 from effdet_jax.records.checkpoint import Checkpoints
 from effdet_jax.records.console import table
 from effdet_jax.records.metrics import MetricsLog
-from effdet_jax.runtime import devices
+from effdet_jax.runtime import devices, timing
 from effdet_jax.runtime.signals import notices
 from effdet_jax.training import incidents, step
 
@@ -37,17 +36,19 @@ LOG_INTERVAL = 20
 
 
 def main(rounds: int = 60) -> None:
-    seconds, metrics = alternate({name: take_steps(branch) for name, branch in FORMS.items()}, rounds)
-    bare = np.array(seconds['no guard'])
+    takes = {name: take_steps(branch) for name, branch in FORMS.items()}
+    seconds = {name: [] for name in takes}
+    for order in timing.in_turns(list(takes), rounds):
+        for name in order:
+            seconds[name].append(timing.seconds_of(takes[name]))
     rows = []
     for name, times in seconds.items():
-        ratios = np.array(times) / bare  # of neighbours in time
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-        error = 1.4826 * statistics.median(abs(ratios - middle)) / rounds**0.5 * 1.2533
-        rows.append((name, 1e3 * float(np.median(times)), f'{middle:.4f}', f'{error:.4f}', f'{low:.3f} to {high:.3f}'))
+        ratio, median = timing.paired_ratio(times, seconds['no guard']), timing.spread(times).median
+        half = f'{ratio.low:.3f} to {ratio.high:.3f}'
+        rows.append((name, 1e3 * median, f'{ratio.median:.4f}', f'{ratio.error:.4f}', half))
     print(table(('form', 'ms', 'ratio to no guard', 'standard error', 'middle half'), rows, f'{rounds} rounds'))
-    host = host_seconds(metrics)
-    print(f'host: {1e6 * host:.0f} us a step, {host / np.median(bare):.2%} of a step')
+    host, bare = host_seconds(takes['as it is']()), timing.spread(seconds['no guard']).median
+    print(f'host: {1e6 * host:.0f} us a step, {host / bare:.2%} of a step')
 
 
 def take_steps(branch: Callable) -> Callable[[], Any]:
@@ -64,18 +65,6 @@ def take_steps(branch: Callable) -> Callable[[], Any]:
         take()  # traced and compiled here, in this form
     take()
     return take
-
-
-def alternate(takes: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], Any]:
-    """(seconds of every step by form, metrics of the last step). The order rotates, so that none is always first."""
-    seconds, names, metrics = {name: [] for name in takes}, list(takes), None
-    for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            metrics = takes[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds, metrics
 
 
 def host_seconds(metrics: Any) -> float:
