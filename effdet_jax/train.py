@@ -13,7 +13,7 @@ from effdet_jax.training.bookkeeping import bookkeeping
 from effdet_jax.training.run import resumed
 
 
-def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
+def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, float]:
     """Trains the model of `config` in `workdir`, or continues its run there.
 
     Returns the metrics of the last evaluation, or {} after SIGTERM or SIGINT, which finish the step and save.
@@ -21,6 +21,7 @@ def train_and_evaluate(config: Any, workdir: Path) -> dict[str, float]:
     Raises:
       UserError: for anything in the config, the data or the work directory that the user can fix.
     """
+    workdir = Path(workdir)
     run = build_run(config, workdir)
     timetable = run.timetable
     info(f'{run.name}: {timetable.total_steps} steps of {run.data.batch_size} images on {devices.describe_devices()}')
