@@ -14,7 +14,7 @@ from effdet_jax.configs.scaling import SCALES
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 255 * (0.485, 0.456, 0.406)
 IMAGENET_STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
 
-# Words behind a config's file name, `:voc2007`. `source` and the splits are explained in README.md, "Your own data".
+# Words behind a config's file name, `:voc2007`. `source` and the splits are explained in (docs/data.md, Your own data).
 DATASETS = {
     'shapes': dict(source='shapes', train_split='0:20000', eval_split='1000000:1000300'),
     'voc2007': dict(source='tfds:voc/2007', train_split='train+validation', eval_split='test'),

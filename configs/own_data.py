@@ -1,4 +1,4 @@
-"""Your own data: --config=configs/own_data.py --config.dataset.source=voc:path/to/mine (README.md, "Your own data").
+"""Your own data: --config=configs/own_data.py --config.dataset.source=voc:path/to/mine (docs/data.md, Your own data).
 
 D0 and the recipe `short`, or another member and other words: configs/own_data.py:lite0,official.
 """

@@ -1,8 +1,10 @@
 """experiments/colab.ipynb, executed top to bottom as a newcomer would, with a network too small to find anything."""
 
 import os
+import shutil
 import stat
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
@@ -41,6 +43,27 @@ def test_every_cell_runs(tmp_path, monkeypatch):
         output for cell in notebook.cells for output in cell.get('outputs', ()) if 'image/png' in output.get('data', {})
     ]
     assert len(pictures) >= 6
+
+
+INSTALL = '%pip install --quiet "{source}" "{jax_for}"'
+
+
+@pytest.mark.parametrize(
+    ('folder', 'repository', 'source'),
+    [
+        (ROOT / 'experiments', '', ROOT),
+        (Path('/'), 'https://host/effdet_jax.git', 'git+https://host/effdet_jax.git'),
+        (Path('/'), '', None),
+    ],
+)
+def test_it_installs_from_the_checkout_it_is_in_or_from_the_address_given(folder, repository, source, monkeypatch):
+    cell = next(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if INSTALL in cell.source)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(shutil, 'which', lambda _: None)
+    names = {'REPOSITORY': repository}
+    with nullcontext() if source else pytest.raises(ValueError, match='REPOSITORY is empty'):
+        exec(cell.replace(INSTALL, 'pass'), names)
+    assert names.get('source') == source
 
 
 def test_it_is_small_and_names_no_machine():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,34 +16,35 @@ import numpy as np
 import pytest
 import tiny
 
+import effdet_jax
 from effdet_jax import config as run_config
 from effdet_jax.commands.export import exporter
 from effdet_jax.detection.postprocess import postprocess
 from effdet_jax.errors import UserError
 from effdet_jax.inference import Augmentation, Detections, Detector
 from effdet_jax.inference.detector import Thresholds
+from effdet_jax.records import pictures
 
 pytestmark = pytest.mark.usefixtures('depthwise_by_xla')
 
-# What README.md shows, in a process that can import jax and numpy, and nothing else of ours.
-ALONE = """
+ROOT = Path(__file__).parents[2]
+SHOWN = {  # Python for users, {page: blocks}
+    page: re.findall(r'^```python\n(.*?)^```', (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    for page in ('README.md', 'docs/deploy.md')
+}
+
+# Around the second block of docs/deploy.md: a process that can import jax and numpy, and nothing else of ours.
+ALONE = f"""
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in ('effdet_jax', 'configs', 'flax', 'ml_collections', 'cv2', 'orbax', 'tensorflow'):
-            raise ImportError(f'{name} is refused')
+            raise ImportError(f'{{name}} is refused')
 sys.meta_path.insert(0, Refuse())
-
-import json, zipfile
-import jax.export
-import numpy as np
-with zipfile.ZipFile(sys.argv[1]) as archive:
-    metadata = json.loads(archive.read('metadata.json'))
-    detect = jax.jit(jax.export.deserialize(bytearray(archive.read('model.stablehlo'))).call)
-image = np.load(sys.argv[2])
-thresholds = map(np.float32, metadata['thresholds'].values())
-boxes, scores, labels = detect(image.reshape(-1, 3), np.array([image.shape[:2]], np.int32), *thresholds)
-np.savez(sys.argv[3], boxes=boxes[0], scores=scores[0], labels=labels[0])
+import numpy
+image = numpy.load('image.npy')
+{SHOWN['docs/deploy.md'][1]}
+np.savez('found.npz', boxes=boxes[0], scores=scores[0], labels=labels[0])
 print(*(metadata['class_names'][label] for label in labels[0]))
 """
 
@@ -67,8 +69,9 @@ def test_an_export_is_a_detector(exported, finished_run):
 def test_it_runs_where_jax_and_numpy_are_alone(exported, finished_run, tmp_path):
     image = tiny.ManySizes(3)[2].image
     np.save(tmp_path / 'image.npy', image)
+    shutil.copy(exported, tmp_path / 'd3.zip')
     done = subprocess.run(
-        [sys.executable, '-c', ALONE, exported, tmp_path / 'image.npy', tmp_path / 'found.npz'],
+        [sys.executable, '-c', ALONE],
         cwd=tmp_path, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -76,6 +79,21 @@ def test_it_runs_where_jax_and_numpy_are_alone(exported, finished_run, tmp_path)
     np.testing.assert_allclose(found['boxes'], expected.boxes_xyxy, atol=1e-3)
     np.testing.assert_allclose(found['scores'], expected.scores, atol=1e-5)
     assert tuple(done.stdout.split()) == expected.names
+
+
+def test_the_detector_that_is_shown_to_users(finished_run, tmp_path, monkeypatch):
+    """README.md and docs/deploy.md, with a detector that is trained already."""
+    workdir, metrics, _ = finished_run
+    load = Detector.load
+    monkeypatch.setattr(Detector, 'load', lambda _: load(workdir))
+    monkeypatch.setattr(effdet_jax, 'train_and_evaluate', lambda config, workdir: metrics)
+    monkeypatch.chdir(tmp_path)
+    images = [tiny.ManySizes(2)[index].image for index in range(2)]
+    pictures.write_image(Path('photo.jpg'), images[0])
+    for page, blocks in SHOWN.items():
+        names = {'image': images[0], 'another': images[1], 'images': images}
+        exec(compile(blocks[0], page, 'exec'), names)
+        assert names['picture'].ndim == 3
 
 
 def test_the_file_says_what_it_is(exported):
