@@ -61,7 +61,7 @@ def commands(text: str) -> Iterator[list[str]]:
         for line in block.replace('\\\n', '').splitlines():
             yield from words_of(re.sub(r'\$(\w+)', lambda found: variables[found[1]], line))  # noqa: B023
     for shown in CODE.findall(re.sub(r'^```.*?^```', '', text, flags=re.MULTILINE | re.DOTALL)):
-        if re.match(r'(python -m|effdet) .*--', shown):
+        if re.match(r'(python -m|effdet) .*--(config|workdir)=', shown):
             yield from words_of(shown)
         elif re.match(r'--config\.[\w.]+=.', shown):
             yield ['effdet', 'train', '--config=configs/d0.py', *shlex.split(shown)]
