@@ -1,6 +1,5 @@
 """Losses of the two heads (docs/reference.md, Losses). All are sums: the caller divides by the normaliser."""
 
-import functools
 import math
 
 import jax
@@ -9,8 +8,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from effdet_jax.detection import boxes as box_ops
+from effdet_jax.kernels import focal
+from effdet_jax.kernels.dispatch import runs_as
 
 
+@runs_as(focal.focal_loss)
 def focal_loss(
     logits: Float[Array, '*n K'],
     classes: Int[Array, '*n'],
@@ -21,57 +23,14 @@ def focal_loss(
     """-alpha_t (1 - p_t)^gamma log(p_t) on sigmoid outputs, with classes in 0..K-1 and -1 for background.
 
     Lin et al. 2017, equation 5. Label smoothing moves the target of the logarithm towards one half; alpha_t and p_t see
-    the unsmoothed target. The gradient is written out below: autodiff keeps five arrays of this size for it.
+    the unsmoothed target.
     """
-    return _focal(logits, classes, alpha, gamma, label_smoothing)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _focal(logits: Array, classes: Array, *constants: float) -> Array:
-    return _focal_forward(logits, classes, *constants)[0]
-
-
-def _focal_forward(logits: Array, classes: Array, *constants: float) -> tuple[Array, tuple[Array, Array]]:
-    _, weight, cross_entropy, _ = _focal_terms(logits, classes, *constants)
-    return weight * cross_entropy, (logits, classes)
-
-
-def _focal_backward(
-    alpha: float, gamma: float, label_smoothing: float, residuals: tuple[Array, Array], gradient: Array
-) -> tuple[Array, None]:
-    """d/dx of weight * cross entropy, with d log(1 - p_t) / dx = 1 - p for a negative and -p for a positive."""
-    logits, classes = residuals
-    positive, weight, cross_entropy, target = _focal_terms(logits, classes, alpha, gamma, label_smoothing)
-    p = jax.nn.sigmoid(logits)
-    log_miss_slope = jnp.where(positive, -p, jax.nn.sigmoid(-logits))
-    return gradient * weight * (gamma * log_miss_slope * cross_entropy + p - target), None
-
-
-_focal.defvjp(_focal_forward, _focal_backward)
-
-
-def _focal_terms(
-    logits: Array, classes: Array, alpha: float, gamma: float, label_smoothing: float
-) -> tuple[Array, Array, Array, Array]:
-    """(which entries are positive, alpha_t (1 - p_t)^gamma, cross entropy, its smoothed targets)."""
     positive = classes[..., None] == jnp.arange(logits.shape[-1])
-    target = jnp.where(positive, 1.0 - 0.5 * label_smoothing, 0.5 * label_smoothing)
-    # -log p = max(-x, 0) + tail and -log(1 - p) = max(x, 0) + tail, where tail = log(1 + exp(-|x|)).
-    tail = _log1p(_exp(-jnp.abs(logits)))
-    cross_entropy = tail + (1 - target) * jnp.maximum(logits, 0) + target * jnp.maximum(-logits, 0)
-    log_miss = -(jnp.maximum(jnp.where(positive, logits, -logits), 0) + tail)
-    return positive, jnp.where(positive, alpha, 1.0 - alpha) * _exp(gamma * log_miss), cross_entropy, target
-
-
-def _exp(x: Array) -> Array:
-    """XLA's exp is twice as slow as its exp2 on CPU, and this loss is all exp and log."""
-    return jnp.exp2(x * math.log2(math.e))
-
-
-def _log1p(x: Array) -> Array:
-    """log(1 + x) for x >= 0, corrected for the rounding of 1 + x (Goldberg 1991, theorem 4); XLA's is slow there."""
-    sum_ = 1.0 + x
-    return jnp.where(sum_ == 1.0, x, jnp.log(sum_) * (x / jnp.where(sum_ == 1.0, 1.0, sum_ - 1.0)))
+    p = jax.nn.sigmoid(logits)
+    p_t, alpha_t = jnp.where(positive, p, 1 - p), jnp.where(positive, alpha, 1 - alpha)
+    smoothed = jnp.where(positive, 1 - label_smoothing / 2, label_smoothing / 2)
+    cross_entropy = optax.losses.sigmoid_binary_cross_entropy(logits, smoothed)
+    return alpha_t * (1 - p_t) ** gamma * cross_entropy
 
 
 def huber_loss(

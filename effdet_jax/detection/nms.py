@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effdet_jax.detection import boxes as box_ops
+from effdet_jax.kernels.loops import max_and_argmax
 
 Number = float | Float[Array, '']  # an Array, where it is to change without another compilation
 
@@ -41,15 +42,11 @@ def nms(
     if kind not in ('hard', 'gaussian'):
         raise ValueError(f'nms kind {kind!r} is unknown: choose hard or gaussian')
 
-    places_N = jnp.arange(len(scores))
-    columns_4N = boxes.T  # a loop over neighbours in memory can be vectorised
-
     def select(place: Array, state: tuple[Array, Selection]) -> tuple[Array, Selection]:
         left_N, kept = state
-        score = left_N.max()
-        best = jnp.where(left_N == score, places_N, len(scores) - 1).min()  # an argmax of two vectorised passes
+        score, best = max_and_argmax(left_N)
         valid = score > score_threshold
-        iou_N = jnp.where(classes == classes[best], box_ops.iou(columns_4N.T, boxes[best]), 0)
+        iou_N = jnp.where(classes == classes[best], box_ops.iou(boxes, boxes[best]), 0)
         if kind == 'hard':
             left_N = jnp.where(iou_N > iou_threshold, -jnp.inf, left_N)
         else:

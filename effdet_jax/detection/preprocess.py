@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from effdet_jax.kernels.loops import computed_apart
+
 
 def normalize(
     images: UInt8[Array, 'B H W 3'] | Float[Array, 'B H W 3'],
@@ -51,15 +53,7 @@ def resize_and_pad(
     def resize(pixels: Array, *of_images: Any) -> Array:
         return jax.vmap(_resize, (None, 0, 0, 0, 0))(pixels, *of_images)
 
-    def apart(*operands: Any) -> Array:
-        """In a branch that is always taken, or XLA would resize anew for all the taps of the first convolution."""
-
-        def nothing(*_: Any) -> Array:
-            return jnp.zeros((sizes.shape[0], *image_size, 3), jnp.uint8)
-
-        return jax.lax.cond(sizes.min() > 0, resize, nothing, *operands)
-
-    images = jax.lax.platform_dependent(pixels, starts_B, sizes[:, 1], rows, columns, cpu=apart, default=resize)
+    images = computed_apart(resize, (pixels, starts_B, sizes[:, 1], rows, columns), positive=sizes)
     return images, valid_size, 1 / scale
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax import export
 
 from effdet_jax.errors import UserError
-from effdet_jax.model.depthwise import default_everywhere
+from effdet_jax.kernels.dispatch import plain_everywhere
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -132,7 +132,7 @@ def load_saved_model(path: Path) -> Run:
 def write_onnx(program: Program, metadata: Metadata, path: Path) -> None:
     """Depthwise convolutions become ONNX's grouped ones, whatever form they have on the platform of this process."""
     jax2onnx, onnx = (_import(name, 'requirements-export.txt') for name in ('jax2onnx', 'onnx'))
-    with default_everywhere(), warnings.catch_warnings():
+    with plain_everywhere(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try:
             model = jax2onnx.to_onnx(

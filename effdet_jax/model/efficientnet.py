@@ -130,8 +130,7 @@ class MBConv(nn.Module):
             gate = nn.swish(conv(squeezed, name='se_reduce')(gate))
             gate = conv(x.shape[-1], name='se_expand')(gate)
             gate = nn.sigmoid(gate)
-            x, gate = (x * gate, None) if train else (x, gate)  # trained faster the one way, used the other
-        x = conv(b.out_channels, use_bias=False, name='project_conv')(x, gate)
+        x = conv(b.out_channels, use_bias=False, name='project_conv')(x, gate, train)  # of x * gate
         x = self.norm('project_bn')(x, train)
         if b.stride == 1 and b.in_channels == b.out_channels:
             x = layers.StochasticDepth(self.drop_rate, self.norm.axis_name)(x, train) + residual

@@ -207,7 +207,7 @@ class FusionNode(nn.Module):
             factors = normalise(weights).astype(self.dtype)
             weighted: list[Array] = [factor * x for factor, x in zip(factors, resampled, strict=True)]
             x = sum(weighted[1:], start=weighted[0])
-        x = ACTIVATIONS[self.activation].value(x)
+        x = ACTIVATIONS[self.activation](x)
         if self.separable:
             # Named here, not inside a SeparableConv, because the published tree has node/{dw, pw, bn}.
             x = layers.DepthwiseConv(3, 1, layers.depthwise_glorot, self.dtype, name='dw')(x)

@@ -1,7 +1,6 @@
 """The layers that the three parts of the detector share. NHWC; float32 parameters; `dtype` is the compute precision."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effdet_jax.kernels.depthwise import depthwise_conv
+from effdet_jax.kernels.pointwise import pointwise_conv
+from effdet_jax.kernels.resampling import double, max_pool
+from effdet_jax.kernels.stem import stem_conv
 from effdet_jax.model.batch_norm import BatchNorm
-from effdet_jax.model.depthwise import by_platform, depthwise_conv, pad_same, shifted_slices
 
 # Initialisers: fan-out in the backbone, Glorot in the feature network, fan-in in the heads. A depthwise kernel is
 # [k, k, 1, C] here; the official code computes its fans as if it were [k, k, C, 1], which the last two reproduce
@@ -48,11 +50,7 @@ class Norm:
 
 
 class PointwiseConv(nn.Module):
-    """1x1 convolution, `[B, H, W, C] -> [B, H, W, F]`; kernel `[1, 1, C, F]`.
-
-    Written as one product of two matrices: XLA's convolution is as fast forwards, but its gradients are several times
-    slower on CPU.
-    """
+    """1x1 convolution of x, or of x * gate, `[B, H, W, C] -> [B, H, W, F]`; kernel `[1, 1, C, F]`."""
 
     features: int
     kernel_init: Callable
@@ -62,18 +60,11 @@ class PointwiseConv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, 'B H W C'], gate: Float[Array, 'B 1 1 C'] | None = None
+        self, x: Float[Array, 'B H W C'], gate: Float[Array, 'B 1 1 C'] | None = None, train: bool = False
     ) -> Float[Array, 'B H W F']:
-        """With `gate`, the convolution of `x * gate`: it is multiplied onto the kernel, which is smaller than x."""
         kernel = self.param('kernel', self.kernel_init, (1, 1, x.shape[-1], self.features), jnp.float32)
-        x, kernel = x.astype(self.dtype), kernel[0, 0].astype(self.dtype)
-        if gate is None:
-            rows = x.reshape(-1, x.shape[-1]) @ kernel
-        else:
-            rows = x.reshape(x.shape[0], -1, x.shape[-1]) @ (gate[:, 0, 0, :, None] * kernel)
-        if self.use_bias:
-            rows += self.param('bias', self.bias_init, (self.features,), jnp.float32).astype(self.dtype)
-        return rows.reshape(*x.shape[:-1], self.features)
+        bias = self.param('bias', self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
+        return pointwise_conv(x.astype(self.dtype), kernel, bias, gate, train)
 
 
 class DepthwiseConv(nn.Module):
@@ -131,27 +122,7 @@ class StemConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B h w F']:
         kernel = self.param('kernel', fan_out, (3, 3, x.shape[-1], self.features), jnp.float32)
-        return by_platform(
-            x.astype(self.dtype), kernel.astype(self.dtype), cpu=_conv_as_product, default=_conv_with_stride_2
-        )
-
-
-def _conv_with_stride_2(x: Array, kernel: Array) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-
-
-def _conv_as_product(x: Array, kernel: Array) -> Array:
-    """A row of 9 C numbers for each position, times a matrix: with 3 channels XLA's form is 2.5 times slower on CPU."""
-    height, width = (-(-n // 2) for n in x.shape[1:3])
-    padded = pad_same(x, 3, 2)
-    batch, h, w, channels = padded.shape
-    pairs = padded.reshape(batch, h // 2, 2, w // 2, 2 * channels)  # of columns, and of rows
-    columns = []
-    for i in range(3):
-        row = pairs[:, i // 2 :, i % 2][:, :height]
-        columns += [row[:, :, :width], row[:, :, 1:, :channels][:, :, :width]]
-    patches = jnp.concatenate(columns, axis=-1)
-    return (patches.reshape(-1, 9 * channels) @ kernel.reshape(9 * channels, -1)).reshape(batch, height, width, -1)
+        return stem_conv(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class StochasticDepth(nn.Module):
@@ -191,24 +162,9 @@ def resize_to(x: Float[Array, 'B H W C'], height: int, width: int) -> Float[Arra
     raise ValueError(f'cannot resize {h}x{w} to {height}x{width}: one side grows and the other shrinks')
 
 
-@functools.partial(jax.jit, static_argnums=1)  # so that it is traced once for each shape
-def max_pool(x: Float[Array, 'B H W C'], strides: tuple[int, int]) -> Float[Array, 'B h w C']:
-    """Maximum over windows of stride + 1 per side, SAME padding with minus infinity.
-
-    Between neighbouring levels this is 3x3 with stride 2. That case is a chain of maxima of shifted slices: the
-    gradient of XLA's window operation is ten times slower on CPU. Where inputs tie, the gradient is shared among them.
-    """
-    if strides != (2, 2):
-        return nn.max_pool(x, (strides[0] + 1, strides[1] + 1), strides=strides, padding='SAME')
-    height, width = (-(-n // 2) for n in x.shape[1:3])
-    taps = shifted_slices(x, kernel_size=3, stride=2, height=height, width=width, fill=-jnp.inf)
-    return functools.reduce(jnp.maximum, [tap for _, _, tap in taps])
-
-
 def upsample_nearest(x: Float[Array, 'B H W C'], height: int, width: int) -> Float[Array, 'B h w C']:
     """Source index = floor(target * in / out), so 3 -> 5 reads 0, 0, 1, 1, 2 (docs/reference.md, Resampling)."""
-    batch, h, w, channels = x.shape
-    if (height, width) == (2 * h, 2 * w):  # the common case; the gradient of a stack is a sum of slices, not a scatter
-        x = jnp.stack([x, x], axis=3).reshape(batch, h, width, channels)
-        return jnp.stack([x, x], axis=2).reshape(batch, height, width, channels)
+    h, w = x.shape[1:3]
+    if (height, width) == (2 * h, 2 * w):  # the common case
+        return double(x)
     return x[:, jnp.arange(height) * h // height][:, :, jnp.arange(width) * w // width]

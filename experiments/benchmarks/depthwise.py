@@ -23,7 +23,9 @@ import jax.numpy as jnp
 
 from effdet_jax.commands.benchmark.peaks import peak
 from effdet_jax.configs import default
-from effdet_jax.model import build_model, cost, depthwise
+from effdet_jax.kernels.depthwise import plain_depthwise_conv
+from effdet_jax.kernels.windows import shifted_slices
+from effdet_jax.model import build_model, cost
 from effdet_jax.model.layers import DepthwiseConv
 from effdet_jax.records.console import table
 from effdet_jax.records.files import write_atomically
@@ -94,14 +96,13 @@ def layers_of(name: str, size: int) -> collections.Counter[Layer]:
 
 
 def _shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    height, width = (-(-n // stride) for n in x.shape[1:3])
-    taps = depthwise.shifted_slices(x, kernel.shape[0], stride, height, width)
+    taps = shifted_slices(x, kernel.shape[0], stride)
     products = [tap.astype(jnp.float32) * kernel[i, j, 0].astype(jnp.float32) for i, j, tap in taps]
     return sum(products[1:], products[0]).astype(x.dtype)
 
 
 # f(x [B, H, W, C], kernel [k, k, 1, C], stride), equal but for rounding.
-FORMS: dict[str, Callable] = {'lax': depthwise._grouped, 'shifted': _shifted}
+FORMS: dict[str, Callable] = {'lax': plain_depthwise_conv, 'shifted': _shifted}
 
 
 def measure(layer: Layer, batch: int, dtype: str) -> dict[str, Any]:

@@ -50,21 +50,6 @@ def test_focal_loss_with_gamma_2_equals_optax(logits_and_classes):
     np.testing.assert_allclose(focal_loss(logits, classes, 0.25, 2.0), expected, rtol=1e-4, atol=1e-9)
 
 
-def test_focal_loss_is_finite_at_extreme_logits_and_so_is_its_gradient():
-    logits = jnp.asarray([[60.0, -60.0], [-60.0, 60.0], [1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]])
-
-    def total(logits, label, smoothing):
-        return focal_loss(logits, jnp.full(len(logits), label), label_smoothing=smoothing).sum()
-
-    for smoothing in (0.0, 0.1):
-        for label in (-1, 0, 1):
-            loss, gradient = jax.value_and_grad(total)(logits, label, smoothing)
-            assert np.isfinite(loss) and np.isfinite(gradient).all()
-    # Sure and wrong: the loss of a background row is 0.75 x, its slope 0.75.
-    loss, slope = jax.value_and_grad(total)(jnp.asarray([[60.0]]), -1, 0.0)
-    np.testing.assert_allclose((loss, slope.item()), (45, 0.75), rtol=1e-6)
-
-
 def test_huber_by_hand():
     targets = jnp.asarray([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0]])
     errors = jnp.asarray([[0.05, -0.05, 0.3, -0.3], [0.1, 5.0, -0.1, np.nan]])

@@ -6,20 +6,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from effdet_jax.kernels.dispatch import by_platform
+
 WORD = 32  # bits
 
 
-def largest(values: Float[Array, 'N'], count: int) -> Int[Array, 'count']:
-    """Indices of the `count` largest numbers in rising order; of equals the first. As sorted `jax.lax.top_k`.
+def plain_largest(values: Float[Array, 'N'], count: int) -> Int[Array, 'count']:
+    """The definition."""
+    return jnp.sort(jax.lax.top_k(values, count)[1])
 
-    On CPU top_k keeps a heap, which takes four times as long for 5000 of 50,000; elsewhere it is used. No number at all
-    counts as larger than any, as there.
+
+def largest(values: Float[Array, 'N'], count: int) -> Int[Array, 'count']:
+    """Indices of the `count` largest numbers in rising order; the first of equals; nan is larger than any number.
+
+    On CPU `top_k` keeps a heap, which takes four times as long for 5000 of 50,000.
     """
-    return jax.lax.platform_dependent(
-        values.astype(jnp.float32),
-        cpu=functools.partial(_by_bisection, count=count),
-        default=lambda values: jnp.sort(jax.lax.top_k(values, count)[1]),
-    )
+    cpu, plain = (functools.partial(form, count=count) for form in (_by_bisection, plain_largest))
+    return by_platform(values.astype(jnp.float32), cpu=cpu, plain=plain)
 
 
 def _by_bisection(values: Float[Array, 'N'], count: int) -> Int[Array, 'count']:

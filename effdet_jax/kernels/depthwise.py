@@ -1,19 +1,24 @@
 """Depthwise convolution with a gradient of its own, chosen per platform when the program is lowered.
 
-XLA's grouped convolution is slow on CPU, above all backwards. There we write it as k*k shifted multiply-adds, which XLA
-fuses into one pass over the image; the kernel gradient is accumulated row by row. Elsewhere XLA's own form is used.
+XLA's grouped convolution is slow on CPU, above all backwards. There it is written as k*k shifted multiply-adds, which
+XLA fuses into one pass over the image; the kernel gradient is accumulated row by row. Other platforms use XLA's form.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_ONLY_DEFAULT = contextvars.ContextVar('_ONLY_DEFAULT', default=False)
+from effdet_jax.kernels.dispatch import by_platform
+from effdet_jax.kernels.windows import pad_same, same_padding, strided, taps
+
+
+def plain_depthwise_conv(x: Array, kernel: Array, stride: int) -> Array:
+    """The definition."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=x.shape[-1]
+    )
 
 
 def depthwise_conv(
@@ -23,37 +28,19 @@ def depthwise_conv(
     return _conv(x, kernel, stride, (x.shape[1], x.shape[2]))
 
 
-def by_platform(*operands: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
-    """`cpu(*operands)` in a program for a CPU, else `default(*operands)`."""
-    if _ONLY_DEFAULT.get():
-        return default(*operands)
-    return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
-
-
-@contextlib.contextmanager
-def default_everywhere() -> Iterator[None]:
-    """What is traced inside has XLA's own convolutions alone: for converters, which know no platforms."""
-    token = _ONLY_DEFAULT.set(True)
-    try:
-        yield
-    finally:
-        _ONLY_DEFAULT.reset(token)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: Array, kernel: Array, stride: int, size: tuple[int, int]) -> Array:
     """`size` is the height and width of x, for the gradient."""
-    return by_platform(
-        x, kernel, cpu=functools.partial(_shifted, stride=stride), default=functools.partial(_grouped, stride=stride)
-    )
+    cpu, plain = (functools.partial(form, stride=stride) for form in (_shifted, plain_depthwise_conv))
+    return by_platform(x, kernel, cpu=cpu, plain=plain)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))  # so that it is traced once for each shape, as the gradient is
+@functools.partial(jax.jit, static_argnums=(2, 3))  # so that each shape is traced once, as in the gradient
 def _forward(x: Array, kernel: Array, stride: int, size: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
     if not _trains_on_cpu():
-        return _grouped(x, kernel, stride), (x, kernel)
+        return plain_depthwise_conv(x, kernel, stride), (x, kernel)
     padded = pad_same(x, kernel.shape[0], stride)  # kept in the place of x, so that it is padded once
-    return _sum_of_taps(padded, kernel, stride, *_strided(size, stride)), (padded, kernel)
+    return _sum_of_taps(padded, kernel, stride, *strided(size, stride)), (padded, kernel)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -61,15 +48,15 @@ def _backward(
     stride: int, size: tuple[int, int], residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     if not _trains_on_cpu():
-        return jax.vjp(functools.partial(_grouped, stride=stride), *residuals)[1](gradient)
+        return jax.vjp(functools.partial(plain_depthwise_conv, stride=stride), *residuals)[1](gradient)
     padded, kernel = residuals
     k = kernel.shape[0]
     margin = k // 2 if stride == 1 else k // stride + 1
-    below = margin + (stride == 1)  # as `_taps` wants it
+    below = margin + (stride == 1)  # as `taps` wants it
     gradient = jnp.pad(gradient, ((0, 0), (margin, below), (margin, margin), (0, 0)))  # once for both
     return (
         _input_gradient(gradient, kernel, stride, margin, size),
-        _kernel_gradient(padded, gradient, k, stride, margin, _strided(size, stride)).astype(kernel.dtype),
+        _kernel_gradient(padded, gradient, k, stride, margin, strided(size, stride)).astype(kernel.dtype),
     )
 
 
@@ -81,61 +68,6 @@ def _trains_on_cpu() -> bool:
     return jax.default_backend() == 'cpu'
 
 
-def _grouped(x: Array, kernel: Array, stride: int) -> Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=x.shape[-1]
-    )
-
-
-def _same_padding(size: int, k: int, stride: int) -> tuple[int, int]:
-    total = max((-(-size // stride) - 1) * stride + k - size, 0)
-    return total // 2, total - total // 2
-
-
-def pad_same(x: Array, k: int, stride: int, fill: float = 0.0) -> Array:
-    """SAME padding, and then enough at the end for a whole number of strides; with stride 1, one row more (`_taps`)."""
-    pads = []
-    for size in x.shape[1:3]:
-        low, high = _same_padding(size, k, stride)
-        out = -(-size // stride)
-        pads.append((low, max(high, (out - 1) * stride + k - size - low) + -(size + low + high) % stride))
-    (above, below), sides = pads
-    return jnp.pad(x, ((0, 0), (above, below + (stride == 1)), sides, (0, 0)), constant_values=fill)
-
-
-def shifted_slices(
-    x: Array, kernel_size: int, stride: int, height: int, width: int, fill: float = 0.0
-) -> list[tuple[int, int, Array]]:
-    """(row, column, what that tap of a SAME window meets at every output position `[B, height, width, C]`)."""
-    return _taps(pad_same(x, kernel_size, stride, fill), kernel_size, stride, height, width)
-
-
-def _taps(padded: Array, k: int, stride: int, height: int, width: int) -> list[tuple[int, int, Array]]:
-    """Strided slices come from one reshape: column = stride * index + phase.
-
-    Without a stride, all positions are one line and the taps shifts of it, whose last columns are left out; the last
-    shift ends in the row after the padding. Of plain slices XLA takes the middle one from what was padded, and then
-    computes that twice.
-    """
-    b, h, w, c = padded.shape
-    if stride == 1:
-        line = padded.reshape(b, h * w, c)
-
-        def tap(i: int, j: int) -> Array:
-            return line[:, i * w + j :][:, : height * w].reshape(b, height, w, c)[:, :, :width]
-    else:
-        phases = padded.reshape(b, h // stride, stride, w // stride, stride, c)
-
-        def tap(i: int, j: int) -> Array:
-            return phases[:, i // stride :, i % stride, j // stride :, j % stride][:, :height, :width]
-
-    return [(i, j, tap(i, j)) for i in range(k) for j in range(k)]
-
-
-def _strided(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    return -(-size[0] // stride), -(-size[1] // stride)
-
-
 TAPS_IN_CACHE = 8192  # of a kernel: so many numbers stay there beside what they meet
 CHANNELS_AT_ONCE = 192
 
@@ -144,7 +76,7 @@ def _shifted(x: Array, kernel: Array, stride: int) -> Array:
     """Of larger kernels so many channels at a time as stay in a core's first cache from one position to the next."""
     k, channels = kernel.shape[0], kernel.shape[-1]
     at_once = channels if kernel.size <= TAPS_IN_CACHE else CHANNELS_AT_ONCE
-    padded, size = pad_same(x, k, stride), _strided((x.shape[1], x.shape[2]), stride)
+    padded, size = pad_same(x, k, stride), strided((x.shape[1], x.shape[2]), stride)
     parts = [
         _sum_of_taps(padded, kernel, stride, *size, slice(first, first + at_once))
         for first in range(0, channels, at_once)
@@ -157,7 +89,7 @@ def _sum_of_taps(
 ) -> Array:
     """Row by row, as shorter chains of additions, of which a CPU has several under way."""
     k = kernel.shape[0]
-    products = [tap[..., channels] * kernel[i, j, 0, channels] for i, j, tap in _taps(padded, k, stride, height, width)]
+    products = [tap[..., channels] * kernel[i, j, 0, channels] for i, j, tap in taps(padded, k, stride, height, width)]
     rows = [functools.reduce(jnp.add, products[first : first + k]) for first in range(0, k * k, k)]
     return functools.reduce(jnp.add, rows)
 
@@ -170,8 +102,8 @@ def _input_gradient(padded: Array, kernel: Array, stride: int, margin: int, size
     # x[s*a + p] met gradient[a - t] through tap i = p + low + s*t: each phase p of the input is a small convolution of
     # the gradient with every s-th tap; the phases are then interleaved.
     batch, channels = padded.shape[0], padded.shape[3]
-    lows = [_same_padding(n, k, stride)[0] for n in size]
-    counts = _strided(size, stride)
+    lows = [same_padding(n, k, stride)[0] for n in size]
+    counts = strided(size, stride)
 
     def meets(phase: int, low: int) -> list[tuple[int, int]]:
         """(tap, shift) pairs with tap = phase + low - stride*shift: input s*a + phase meets gradient a + shift."""

@@ -7,17 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effdet_jax.model import depthwise
-from effdet_jax.model.depthwise import depthwise_conv
+from effdet_jax.kernels import depthwise
+from effdet_jax.kernels.depthwise import depthwise_conv, plain_depthwise_conv
 
 SIZES = [(1, 1), (1, 6), (2, 3), (5, 5), (8, 7), (6, 12), (11, 20)]
-
-
-def by_xla(x, kernel, stride):
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        feature_group_count=x.shape[-1],
-    )  # fmt: skip
 
 
 def random_case(size, k, stride, batch=2, channels=3):
@@ -39,7 +32,7 @@ def value_and_gradients(conv, stride, x, kernel, cotangent):
 def test_value_and_gradients_equal_those_of_xla(size, k, stride):
     case = random_case(size, k, stride)
     ours = value_and_gradients(depthwise_conv, stride, *case)
-    expected = value_and_gradients(by_xla, stride, *case)
+    expected = value_and_gradients(plain_depthwise_conv, stride, *case)
     for name, a, b in zip(('value', 'input gradient', 'kernel gradient'), ours, expected, strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()), err_msg=name)
@@ -58,7 +51,7 @@ def test_other_platforms_use_xlas_convolution(monkeypatch):
     monkeypatch.setattr(depthwise.jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
     case = random_case((5, 8), 3, 2)
     ours = value_and_gradients.__wrapped__(depthwise_conv, 2, *case)
-    expected = value_and_gradients(by_xla, 2, *case)
+    expected = value_and_gradients(plain_depthwise_conv, 2, *case)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -67,7 +60,7 @@ def test_other_platforms_use_xlas_convolution(monkeypatch):
 def test_bfloat16_is_the_float32_result_up_to_its_precision(stride):
     case = tuple(a.astype(jnp.bfloat16) for a in random_case((8, 7), 3, stride))
     ours = value_and_gradients(depthwise_conv, stride, *case)
-    expected = value_and_gradients(by_xla, stride, *(a.astype(jnp.float32) for a in case))
+    expected = value_and_gradients(plain_depthwise_conv, stride, *(a.astype(jnp.float32) for a in case))
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == jnp.bfloat16
         # 8 bits of mantissa, up to nine roundings of partial sums
@@ -76,7 +69,7 @@ def test_bfloat16_is_the_float32_result_up_to_its_precision(stride):
 
 def test_vmapped_over_an_extra_axis():
     x, kernel, cotangent = random_case((5, 6), 3, 2, batch=4)
-    expected = value_and_gradients(by_xla, 2, x, kernel, cotangent)
+    expected = value_and_gradients(plain_depthwise_conv, 2, x, kernel, cotangent)
 
     def split(a):
         return a.reshape(2, 2, *a.shape[1:])
