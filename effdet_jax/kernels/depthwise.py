@@ -133,6 +133,7 @@ def _kernel_gradient(x: Array, gradient: Array, k: int, stride: int, margin: int
 
     A plain reduction of k*k products is 4 to 11 times slower: XLA's loop over the reduced axes is scalar. Here every
     step adds a few rows of one image to k sums of shape [k, W, C], which vectorises over channels and stays in cache.
+    The padded arrays are not reshaped for the loop, because XLA would make each of them a second time.
     """
     images, channels = x.shape[0], x.shape[3]
     height, width = size
