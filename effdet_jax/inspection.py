@@ -1,4 +1,4 @@
-"""The check of a config's data: both splits, classes, anchors. Behind `check_data`, and before every training."""
+"""Inspects the data of a config (splits, classes, anchors), for `check-data` and before every training."""
 
 import collections
 import dataclasses
@@ -19,22 +19,22 @@ from effdet_jax.errors import UserError
 from effdet_jax.records.console import result, track
 
 SPLITS = ('train', 'eval')
-SAMPLE = 200  # images looked at before training, where each would have to be read or drawn
+SAMPLE = 200  # images per split listed before training, if each has to be read or rendered
 ALL = sys.maxsize
-ADVICE_OBJECTS = 20_000  # anchor scales are tried on so many objects, evenly spread
+ADVICE_OBJECTS = 20_000  # evenly spaced objects on which anchor scales are compared
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
-WORTH_SAYING = 0.05  # of the objects without a fitting anchor; fewer are told by check_data alone
-WORTH_ADVICE = 0.01  # of the objects; a scale that fits fewer more is not worth a change
-SIDES = (8, 16, 32, 64, 128, 256, 512)  # square root of the area, network pixels
+MIN_UNMATCHED = 0.05  # share of objects without a matching anchor; only check-data reports fewer
+MIN_IMPROVEMENT = 0.01  # share of objects that another anchor scale must match in addition to be proposed
+SIDES = (8, 16, 32, 64, 128, 256, 512)  # square root of the area in network pixels
 RATIOS = (1 / 4, 1 / 2, 2, 4)  # width / height
 
 
 @dataclasses.dataclass(frozen=True)
 class AnchorFit:
-    """How the anchors fit the objects of the training split, at the network's input size.
+    """How well the anchors match the objects of the training split at the size of the network input.
 
-    table: (sides, ratio, objects, unmatched) of every group that has objects. unmatched_at: {scale: objects whose best
-    anchor stays under the threshold}, scaled up from a sample where there are many; the config's own scale among them.
+    table: (size, ratio, objects, unmatched) for each group with objects. unmatched_at: {anchor scale: objects whose
+    best IoU is below the threshold}, including the config's scale; extrapolated if there are many objects.
     """
 
     scale: float
@@ -45,20 +45,20 @@ class AnchorFit:
 
     @property
     def advice(self) -> str:
-        """One line, or '' where no other scale is worth it."""
+        """One line, or '' if no other scale is clearly better."""
         best = min(self.unmatched_at, key=lambda scale: (self.unmatched_at[scale], scale))
-        now = self.unmatched_at[self.scale]
-        if now - self.unmatched_at[best] < max(WORTH_ADVICE * self.objects, 1):
+        current = self.unmatched_at[self.scale]
+        if current - self.unmatched_at[best] < max(MIN_IMPROVEMENT * self.objects, 1):
             return ''
         return (
-            f'--config.model.anchors.scale={best:g} would leave {self.unmatched_at[best]:,} of {self.objects:,} '
-            f'objects without a fitting anchor, instead of {now:,} at {self.scale:g}'
+            f'--config.model.anchors.scale={best:g} leaves {self.unmatched_at[best]:,} of {self.objects:,} '
+            f'objects without a matching anchor, instead of {current:,} at {self.scale:g}'
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """findings: {split: those of it}. classes: (name, objects in train, in eval). fit: None where nothing is known."""
+    """findings: by split. classes: (name, objects in train, objects in eval). fit: None if no image size is known."""
 
     findings: dict[str, list[Finding]]
     sources: dict[str, data.CheckableSource]
@@ -68,17 +68,17 @@ class Inspection:
 
     def of_kind(self, kind: str) -> dict[str, list[Finding]]:
         """{split: findings of this kind}."""
-        return {split: [f for f in found if f.kind == kind] for split, found in self.findings.items()}
+        return {split: [f for f in findings if f.kind == kind] for split, findings in self.findings.items()}
 
     def count(self, severity: str) -> int:
-        """Findings of this severity."""
-        return sum(KINDS[f.kind].severity == severity for found in self.findings.values() for f in found)
+        """The number of findings of this severity."""
+        return sum(KINDS[f.kind].severity == severity for findings in self.findings.values() for f in findings)
 
 
 def inspect(config: Any, images: bool = False) -> Inspection:
-    """Opens both splits of `config.dataset`, faulty as they may be, and looks for every kind of fault.
+    """Opens both splits of `config.dataset` and looks for all kinds of faults.
 
-    With `images` all of them are read, hashed and decoded. What cannot be opened at all becomes a finding too.
+    `images`: also reads, hashes and decodes every image. A split that cannot be opened at all is a finding, too.
     """
     d = config.dataset
     sources: dict[str, data.CheckableSource] = {}
@@ -88,7 +88,7 @@ def inspect(config: Any, images: bool = False) -> Inspection:
         try:
             sources[split] = data.open_source(d.source, name, class_names, faulty=True)
         except UserError as error:
-            findings[split].append(Finding('unreadable_annotations', '', str(error), advice=''))  # it has its own
+            findings[split].append(Finding('unreadable_annotations', '', str(error), advice=''))  # the error has advice
     return inspect_sources(config, sources, findings, images)
 
 
@@ -99,17 +99,17 @@ def inspect_sources(
     images: bool = False,
     most: int = ALL,
 ) -> Inspection:
-    """As `inspect`, for splits that are open, {'train': ..., 'eval': ...}; `findings` are added to.
+    """Inspects open splits, {'train': ..., 'eval': ...}, as in `inspect`. Appends to `findings`.
 
-    Of sources that are not annotated files, whose records must be read or drawn, `most` are looked at.
+    `most` limits the images listed per split for sources that have to read or render each of them.
     """
     listings: dict[str, data.Listing] = {}
     digests: dict[str, str] = {}
     for split, source in sources.items():
         listing = source.listing(most, track if most == ALL else lambda items, total, description: items)
         if images:
-            found, listing, hashes = survey.check_images(source, listing, track)
-            findings[split] += found
+            image_findings, listing, hashes = survey.check_images(source, listing, track)
+            findings[split] += image_findings
             digests |= hashes
         findings[split] += survey.check_labels(listing)
         listings[split] = listing
@@ -126,51 +126,51 @@ def inspect_sources(
 
 
 def check_sources(config: Any, sources: dict[str, data.CheckableSource]) -> None:
-    """The part of the check that reads no image, with a summary of a few lines; of {'train': ..., 'eval': ...} or one.
+    """Checks one or both splits, {'train': ..., 'eval': ...}, without reading images, and prints a short summary.
 
     Raises:
-      UserError: where nothing could be learned or measured: no object in a split that could be.
+      UserError: if a split has no usable objects.
     """
-    found = inspect_sources(config, sources, {split: [] for split in SPLITS}, most=SAMPLE)
-    for line in summary(found):
+    inspection = inspect_sources(config, sources, {split: [] for split in SPLITS}, most=SAMPLE)
+    for line in summary(inspection):
         result(f'data: {line}')
-    fatal = [f for findings in found.findings.values() for f in findings if f.kind == 'no_objects']
-    if fatal:
-        raise UserError(f'{fatal[0].message} (see {_command()})')
-    if found.count('error') + found.count('warning'):
-        counts = ' and '.join(counted(found.count(severity), severity) for severity in ('error', 'warning'))
-        sample = f' in {SAMPLE} images of a split' if any(x.sampled for x in found.listings.values()) else ''
-        result(f'data: {counts}{sample}; to see all: {_command()}')
+    if unusable := [f for findings in inspection.of_kind('no_objects').values() for f in findings]:
+        raise UserError(f'{unusable[0].message} (see {_check_command()})')
+    if inspection.count('error') + inspection.count('warning'):
+        counts = ' and '.join(counted(inspection.count(severity), severity) for severity in ('error', 'warning'))
+        sampled = any(listing.sampled for listing in inspection.listings.values())
+        sample = f' in a sample of {SAMPLE} images per split' if sampled else ''
+        result(f'data: {counts}{sample}; for the full list, run {_check_command()}')
 
 
-def counted(number: int, what: str) -> str:
+def counted(number: int, noun: str) -> str:
     """'1 error', '2,000 errors'."""
-    return f'{number:,} {what}{"" if number == 1 else "s"}'
+    return f'{number:,} {noun}{"" if number == 1 else "s"}'
 
 
-def summary(found: Inspection) -> list[str]:
-    """A line for each kind of error and warning and each split: how many, where (the first few), what is done."""
+def summary(inspection: Inspection) -> list[str]:
+    """One line per split and kind of error or warning: the count, the first few places, and what to do."""
     lines = []
     for name, kind in KINDS.items():
-        for split, of_split in found.of_kind(name).items():
-            if not of_split or kind.severity == 'note':
+        for split, findings in inspection.of_kind(name).items():
+            if not findings or kind.severity == 'note':
                 continue
-            if name != 'unmatched_object' or len(of_split) >= WORTH_SAYING * len(found.listings[split].labels):
-                places = first_few(_places(of_split), 3)
-                lines.append(f'{kind.severity}: {split}: {len(of_split):,} x {kind.what}: {places}: {kind.advice}')
+            if name != 'unmatched_object' or len(findings) >= MIN_UNMATCHED * len(inspection.listings[split].labels):
+                places = first_few(_places(findings), 3)
+                lines.append(f'{kind.severity}: {split}: {len(findings):,} x {kind.what}: {places}: {kind.advice}')
     return lines
 
 
 def anchor_fit(config: Any, listing: data.Listing) -> AnchorFit | None:
-    """None where no object's size at the input is known."""
+    """How well the anchors match, or None if no image size is known."""
     threshold, scale = config.loss.match_threshold, float(config.model.anchors.scale)
     _, boxes_K4 = survey.network_boxes(listing, tuple(config.image.size))
     if len(boxes_K4) == 0:
         return None
     unmatched_K = best_ious(config)(boxes_K4) < threshold
-    few_K4 = boxes_K4[:: -(-len(boxes_K4) // ADVICE_OBJECTS)]
+    sample_K4 = boxes_K4[:: -(-len(boxes_K4) // ADVICE_OBJECTS)]
     unmatched_at = {
-        s: round(float((best_ious(config, scale=s)(few_K4) < threshold).mean()) * len(boxes_K4))
+        s: round(float((best_ious(config, scale=s)(sample_K4) < threshold).mean()) * len(boxes_K4))
         for s in sorted({*SCALES, scale})
     }
     table = tuple(_by_size_and_ratio(boxes_K4, unmatched_K))
@@ -178,11 +178,15 @@ def anchor_fit(config: Any, listing: data.Listing) -> AnchorFit | None:
 
 
 def best_ious(config: Any, **changes: Any) -> survey.BestIous:
-    """boxes yxyx [K, 4] in network pixels -> IoU [K] with the best anchor of `config`, in which `changes` apply."""
+    """A function: boxes yxyx [K, 4] in network pixels -> IoU [K] with the best anchor of `config`, with `changes`."""
     a, size = config.model.anchors, tuple(config.image.size)
-    levels = anchors.level_sizes(size, anchors.MIN_LEVEL, config.model.max_level)
-    chosen = dict(scale=a.scale, octaves=a.octaves, aspect_ratios=a.aspect_ratios) | changes
-    return functools.partial(anchors.best_ious, level_sizes=levels, image_size=size, **chosen)
+    settings = dict(scale=a.scale, octaves=a.octaves, aspect_ratios=a.aspect_ratios) | changes
+    return functools.partial(anchors.best_ious, level_sizes=level_sizes(config), image_size=size, **settings)
+
+
+def level_sizes(config: Any) -> tuple[tuple[int, int], ...]:
+    """The (height, width) of each feature level that has anchors."""
+    return anchors.level_sizes(tuple(config.image.size), anchors.MIN_LEVEL, config.model.max_level)
 
 
 def _by_size_and_ratio(boxes_K4: np.ndarray, unmatched_K: np.ndarray) -> Iterable[tuple[str, str, int, int]]:
@@ -209,17 +213,15 @@ def _classes(listings: dict[str, data.Listing]) -> tuple[tuple[str, int, int], .
     return tuple(zip(names, *counts, strict=True))
 
 
-def _places(found: list[Finding]) -> list[str]:
-    """Where, without the folders, each place once."""
-    counts = collections.Counter(f.label if f.kind == 'class_without_examples' else _stem(f) for f in found)
+def _places(findings: list[Finding]) -> list[str]:
+    """The distinct places without their folders, with counts."""
+    counts = collections.Counter(
+        f.label if f.kind == 'class_without_examples' else (f.image or f.where).rpartition('/')[2] for f in findings
+    )
     return [f'{place} ({count})' if count > 1 else place for place, count in counts.items()]
 
 
-def _stem(finding: Finding) -> str:
-    return (finding.image or finding.where).rpartition('/')[2]
-
-
-def _command() -> str:
-    """What the user types to see more: with the flags of this very run, as far as they say what the data are."""
+def _check_command() -> str:
+    """The check-data command with the --config flags of this run."""
     flags = [argument for argument in sys.argv[1:] if argument.startswith('--config')]
     return f'python -m effdet_jax check-data {" ".join(map(shlex.quote, flags)) or "--config=FILE"}'

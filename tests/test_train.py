@@ -248,7 +248,7 @@ def test_the_report_names_the_classes_and_the_files(finished_run):
     ('changes', 'message'),
     [
         ({'dataset.source': 'voc:nowhere'}, 'nowhere'),
-        ({'dataset.source': 'tfds:voc/2007'}, r'voc/2007 is not prepared in .*, run: pip install'),
+        ({'dataset.source': 'tfds:voc/2007'}, r'voc/2007 is not prepared in .*: run pip install'),
         ({'dataset.train_split': '0:0'}, 'shapes has no split'),
         ({'train.batch_size': 6}, r'config\.train\.batch_size=6 cannot be divided evenly into 4 devices'),
         ({'model.backbone': 'b9'}, r"config\.model\.backbone='b9' is unknown"),

@@ -1,11 +1,11 @@
-"""Data on the host: from files and drawings to batches of NumPy arrays. Nothing here imports jax."""
+"""The input pipeline on the host: from files or generated images to batches of NumPy arrays, without jax."""
 
 from effdet_jax.data.checks import KINDS, Finding, clean
 from effdet_jax.data.example import Annotations, Example
 from effdet_jax.data.listing import Listing
 from effdet_jax.data.pipeline import EvalBatch, Unreadable, check_unreadable, eval_batches, load, train_batches
 from effdet_jax.data.sources import CheckableSource, Source, fingerprint, open_source, resolve_split
-from effdet_jax.data.speed import stage_rates
+from effdet_jax.data.speed import batch_rate, stage_rates
 from effdet_jax.data.transforms import decode, image_size, read_image, resize_and_pad
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     'Listing',
     'Source',
     'Unreadable',
+    'batch_rate',
     'check_unreadable',
     'clean',
     'decode',

@@ -1,4 +1,6 @@
-"""Images in files, with annotations in a COCO JSON, a PASCAL VOC folder or a CSV table: all are one kind of source."""
+"""The source for image files annotated by a COCO JSON file, a PASCAL VOC folder or a CSV table."""
+
+import contextlib
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from effdet_jax.errors import UnreadableError
 
 
 class AnnotatedFiles:
-    """Images in files and their annotations in memory, mended when the source is made. Thread safe."""
+    """Image files with annotations in memory, which are cleaned when the source is created. Thread-safe."""
 
     def __init__(self, listing: Listing):
         self.class_names, self.category_ids = listing.class_names, listing.category_ids
@@ -29,41 +31,39 @@ class AnnotatedFiles:
 
     def __getitem__(self, index: int) -> Example:
         file, (height, width) = self._listing.images[index].file, self._listing.sizes[index]
-        encoded, annotations = self.image(index), self._stated(index)
+        encoded, annotations = self.image(index), self._objects_of(index)
         size = transforms.image_size(encoded, file)
         if height == 0:
             return Example(encoded, checks.clean(annotations, size))
         if size != (height, width):
             orientation = transforms.exif_orientation(encoded, file)
-            detail, advice = checks.other_size(size, (int(height), int(width)), orientation)
+            detail, advice = checks.size_mismatch(size, (int(height), int(width)), orientation)
             raise UnreadableError(file, detail, advice or checks.KINDS['another_size'].advice)
         return Example(encoded, annotations)
 
     def image(self, index: int) -> bytes:
-        """The file alone, whatever is in it."""
+        """The bytes of the image file, unchecked."""
         return read_bytes(self._listing.images[index].file)
 
     def annotations(self, index: int) -> Annotations:
-        """The annotations of one image; the image is read only where they do not give its size.
+        """The annotations of one image. Reads the image only if its annotated size is missing.
 
-        Where it cannot be read either, nothing is cut at bottom and right.
+        If the image cannot be read either, boxes are not clipped at the bottom and right edges.
         """
-        if self._listing.sizes[index, 0] > 0:
-            return self._stated(index)
-        try:
-            return self[index].annotations
-        except UnreadableError:
-            return self._stated(index)
+        if self._listing.sizes[index, 0] == 0:
+            with contextlib.suppress(UnreadableError):
+                return self[index].annotations
+        return self._objects_of(index)
 
     def listing(self, most: int, track: Track) -> Listing:
-        """All of it: it is in memory."""
+        """The complete listing, which is in memory."""
         return self._listing
 
     def fingerprint(self) -> str:
-        """Of file names and annotations."""
+        """A digest of file names and annotations."""
         return self._listing.fingerprint
 
-    def _stated(self, index: int) -> Annotations:
+    def _objects_of(self, index: int) -> Annotations:
         image, objects = self._listing.images[index], slice(*self._starts[index : index + 2])
         return Annotations(
             image_id=image.image_id,

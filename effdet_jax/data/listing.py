@@ -1,4 +1,4 @@
-"""All images of a split and all their objects in flat arrays, exactly as the files describe them: nothing is mended."""
+"""All images and objects of a split in flat arrays, exactly as annotated: nothing is cleaned or clipped."""
 
 import dataclasses
 import hashlib
@@ -15,21 +15,21 @@ from jaxtyping import Bool, Float, Int
 from effdet_jax.data.checks import Finding
 from effdet_jax.data.example import Annotations
 
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, how many, description): shows the progress
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, total, description): shows progress
 
 
 class ImageRow(NamedTuple):
-    """where: what the number of an object is appended to, to say where it stands ('a.xml: object ', 'table.csv:')."""
+    """where: the location of an object without its number, as in 'a.xml: object ' or 'table.csv:'."""
 
     image_id: int | str
     file: str
     where: str
-    size: tuple[int, int] = (0, 0)  # height, width; 0: the annotations do not say
-    is_measured: bool = False  # whether the size is the image's own, and no annotation
+    size: tuple[int, int] = (0, 0)  # height, width; 0 if not annotated
+    is_measured: bool = False  # whether the size was read from the image
 
 
 class ObjectRow(NamedTuple):
-    """image: place of its image in the list of images. number: annotation id, line, or place in the file, from 1."""
+    """image: position in the list of images. number: annotation id, line, or 1-based position in the file."""
 
     image: int
     box_yxyx: tuple[float, float, float, float]
@@ -42,10 +42,10 @@ class ObjectRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """I images with M objects, in the order of the images.
+    """I images with M objects, ordered by image.
 
-    indices: of the images in their source. faults: what could not be read and is left out. sampled: whether only some
-    of the images were looked at.
+    indices: the positions of the images in their source. faults: entries that could not be read and are skipped.
+    sampled: whether the listing covers only a sample of the images.
     """
 
     class_names: tuple[str, ...]
@@ -65,16 +65,16 @@ class Listing:
 
     @property
     def starts(self) -> np.ndarray:
-        """Image i has the objects from starts[i] to starts[i + 1]."""
+        """[I + 1] offsets: the objects of image i are starts[i]:starts[i + 1]."""
         return np.searchsorted(self.image_of, np.arange(len(self.images) + 1))
 
     def where(self, number: int) -> str:
-        """File and place of an object."""
+        """The file of an object and its place there."""
         return f'{self.images[self.image_of[number]].where}{self.numbers[number]}'
 
     @property
     def fingerprint(self) -> str:
-        """Of class names, file names and objects, in their order; not of the folder that all images lie in."""
+        """A digest of class names, file names and objects in order, independent of the folder of the images."""
         files = [os.path.normpath(image.file) for image in self.images]
         folder = os.path.commonpath({os.path.dirname(file) for file in files} or {''})  # noqa: PTH120
         names = [unicodedata.normalize('NFC', file.removeprefix(folder).lstrip(os.sep)) for file in files]
@@ -89,7 +89,7 @@ def make_listing(
     objects: Sequence[ObjectRow],
     faults: Sequence[Finding] = (),
 ) -> Listing:
-    """`objects` may come in any order; those of an image keep theirs."""
+    """Builds a listing. Sorts `objects` by image and keeps their order within an image."""
     columns = zip(*objects, strict=True) if objects else [()] * len(ObjectRow._fields)
     image_M, boxes, labels, numbers, areas, crowds, difficult = columns
     order_M = np.argsort(np.array(image_M, np.int64), kind='stable')
@@ -118,18 +118,18 @@ def list_some(
     most: int,
     track: Track,
 ) -> Listing:
-    """The listing of a source that must read or draw each image for it: of `most` images, evenly spread."""
+    """Lists up to `most` evenly spaced images of a source that has to read or render each of them."""
     images: list[ImageRow] = []
     objects: list[ObjectRow] = []
     faults: list[Finding] = []
     read_indices: list[int] = []
     indices = range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
     for index in track(indices, len(indices), 'reading annotations'):
-        found = read(index)
-        if isinstance(found, Finding):
-            faults.append(found)
+        item = read(index)
+        if isinstance(item, Finding):
+            faults.append(item)
             continue
-        row, a = found
+        row, a = item
         columns = (a.boxes_yxyx, a.labels, range(1, len(a.labels) + 1), a.areas, a.is_crowd, a.is_difficult)
         objects += [ObjectRow(len(images), *values) for values in zip(*columns, strict=True)]
         images.append(row)
@@ -139,7 +139,7 @@ def list_some(
 
 
 def join(listings: Sequence[Listing], lengths: Sequence[int]) -> Listing:
-    """The listings of sources of these lengths and the same classes, one after the other."""
+    """Concatenates the listings of sources with these lengths and the same classes."""
     first_index = np.cumsum([0, *lengths])
     first_image = np.cumsum([0, *(len(listing.images) for listing in listings)])
     arrays = {
@@ -160,7 +160,7 @@ def join(listings: Sequence[Listing], lengths: Sequence[int]) -> Listing:
 
 
 def digest(*parts: Any) -> str:
-    """Hex digest of texts, sequences of texts and arrays."""
+    """Hex digest of strings, sequences of strings, and arrays."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         content = part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode('utf-8', 'backslashreplace')
@@ -168,8 +168,8 @@ def digest(*parts: Any) -> str:
     return hasher.hexdigest()
 
 
-def finite_numbers(values: Any, count: int) -> list[float]:
-    """`count` numbers, none beyond 1e12 (areas of boxes then fit into float32); ValueError otherwise."""
+def parse_numbers(values: Any, count: int) -> list[float]:
+    """Parses `count` numbers of magnitude at most 1e12, so that box areas fit into float32. Raises ValueError."""
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError, OverflowError):
@@ -179,46 +179,46 @@ def finite_numbers(values: Any, count: int) -> list[float]:
     return numbers
 
 
-def image_size_of(height: Any, width: Any) -> tuple[int, int]:
-    """(height, width) as annotated, (0, 0) where either is missing or not positive; ValueError for no number."""
+def parse_image_size(height: Any, width: Any) -> tuple[int, int]:
+    """The annotated (height, width), or (0, 0) if either is missing or not positive. Raises ValueError."""
     try:
         size = (int(float(height or 0)), int(float(width or 0)))
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f'the size {shortened(width)} x {shortened(height)} is no number of pixels') from None
-    if max(size) >= 2**31:
-        raise ValueError(f'the size {shortened(width)} x {shortened(height)} is no number of pixels')
+        size = None
+    if size is None or max(size) >= 2**31:
+        raise ValueError(f'the size {shortened(width)} x {shortened(height)} is not a valid number of pixels')
     return size if min(size) > 0 else (0, 0)
 
 
-def whole_number(value: Any, what: str = 'id') -> int:
-    """An int, also of a text or float that is one ('7', 7.0); a ValueError that says `what` is none otherwise."""
+def parse_integer(value: Any, what: str = 'id') -> int:
+    """Parses an integer, also from '7' or 7.0. Raises ValueError that names `what`."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str) and re.fullmatch(r'\s*[+-]?[0-9]{1,4000}\s*', value):
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    raise ValueError(f'its {what}, {shortened(value)}, is no whole number')
+    raise ValueError(f'its {what}, {shortened(value)}, is not an integer')
 
 
-def truth(value: Any, what: str) -> bool:
-    """Of a mark such as iscrowd: a bool, 0 or 1, also as text; a ValueError that says `what` is none otherwise."""
-    mark = f'{value:g}' if isinstance(value, float) else '' if value is None else str(value).strip().lower()
-    if mark not in _MARKS:
+def parse_flag(value: Any, what: str) -> bool:
+    """Parses a flag such as iscrowd: a bool, 0 or 1, also as a string. Raises ValueError that names `what`."""
+    text = f'{value:g}' if isinstance(value, float) else '' if value is None else str(value).strip().lower()
+    if text not in _FLAGS:
         raise ValueError(f'its {what}, {shortened(value)}, is neither 0 nor 1')
-    return _MARKS[mark]
+    return _FLAGS[text]
 
 
 def category_ids(names: Sequence[str], id_of: Mapping[str, int]) -> list[int]:
-    """The ids of the classes; those that have none get numbers that are not used."""
+    """The ids of the classes; classes without one get unused numbers."""
     unused = max(id_of.values(), default=0)
     return [id_of.get(name, unused + 1 + label) for label, name in enumerate(names)]
 
 
 def shortened(value: Any, limit: int = 80) -> str:
-    """As Python writes it, but never a page of it."""
+    """`repr(value)`, cut off after `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f'{text[:limit]}...'
 
 
-_MARKS = dict.fromkeys(('', '0', 'false', 'no', 'unspecified'), False) | dict.fromkeys(('1', 'true', 'yes'), True)
+_FLAGS = dict.fromkeys(('', '0', 'false', 'no', 'unspecified'), False) | dict.fromkeys(('1', 'true', 'yes'), True)

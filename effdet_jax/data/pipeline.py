@@ -1,8 +1,8 @@
-"""From a source to batches: shuffled and endless for training, each image once for evaluation. Grain does the reading.
+"""Batches from a source, read by Grain: endless and shuffled for training, each image once for evaluation.
 
-What a batch holds is a function of (seed, position) alone: the images of all epochs stand in one endless row, of every
-global batch host h of n takes the h-th of n parts, and random numbers depend on the place in the row. So a position is
-one integer, and neither the number of threads nor that of hosts changes what is learned from.
+A training batch is a function of (seed, position). The images of all epochs form one endless sequence, cut into global
+batches, of which host h of n takes the h-th of n parts. Random numbers depend on the position in that sequence. So the
+position is a single integer, and the data do not depend on the number of threads or hosts.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from effdet_jax.data.reader import Reader
 from effdet_jax.data.sources import Source
 from effdet_jax.errors import UnreadableError, UserError
 
-REPLACEMENTS = 10  # so many images after one that cannot be read are tried; more in a row are no accident
+REPLACEMENTS = 10  # images tried after an unreadable one; a longer run of unreadable images is an error
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatch:
-    """A batch of evaluation images, in which padding has `mask` False and `index` -1.
+    """A batch of evaluation images. Padding comes last, with `mask` False and `index` -1.
 
-    image_scale: multiply a box in network pixels by it to return to the original image. index: into the source.
-    annotations: of the images that are no padding, which come first; original pixels, crowds included, nothing cut.
-    errors: of the same images, '' or why the image cannot be read; it is then black, with a valid_size of 0.
+    image_scale: factor from network pixels to original pixels. index: position in the source. annotations: of the
+    images without the padding, in original pixels, with crowds and without cropping. errors: for the same images, '' or
+    why the image cannot be read; such an image is black and has valid_size 0.
     """
 
     image: UInt8[np.ndarray, 'B H W 3']
@@ -43,7 +43,7 @@ class EvalBatch:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """What goes to the device: everything but annotations and errors."""
+        """The arrays for the device: everything but annotations and errors."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-2]}
 
 
@@ -61,22 +61,25 @@ def train_batches(
     prefetch: int = 4,
     cache_bytes: int = 0,
 ) -> grain.IterDataset:
-    """Endless batches of `batch_size` images (of this host), shuffled anew in every epoch, jittered.
+    """Endless jittered batches of `batch_size` images for this host, reshuffled in every epoch.
 
-    A batch is a dict: `image` uint8 [B, H, W, 3] with zeros at bottom and right, `valid_size` int32 [B, 2], `boxes`
-    float32 [B, M, 4] yxyx in network pixels, `labels` int32 [B, M] with -1 as padding, `index` int32 [B] into the
-    source, `dropped` int32 [B]: how many boxes were left out because there were more than M = `max_boxes` (the first
-    M are kept), `unreadable` int32 [B]: the index of an image that cannot be read and was replaced by the next one, or
-    -1 (`Unreadable` names and limits them). Crowds are no targets and are left out, difficult objects are kept.
+    Each batch is a dict:
+        image: uint8 [B, H, W, 3], zero-padded at the bottom and right.
+        valid_size: int32 [B, 2], the (height, width) without padding.
+        boxes: float32 [B, M, 4] yxyx in network pixels. Crowds are left out, difficult objects are included.
+        labels: int32 [B, M], -1 for padding.
+        index: int32 [B], the position in the source.
+        dropped: int32 [B], the number of boxes left out because an image has more than M = `max_boxes`.
+        unreadable: int32 [B], the index of an unreadable image that was replaced by the next one, or -1.
 
-    An iterator's `get_state()` is {'next_index': number of the next batch}; `set_state` continues there, bit for bit.
-    `threads` prepare up to `prefetch` batches ahead, at least one each; with 0 threads nothing is prepared ahead.
-    `cache_bytes`: decoded images to keep in memory (`Reader`); what the batches hold does not depend on it.
+    The state of an iterator is {'next_index': number of the next batch}; `set_state` resumes there, bit for bit.
+    `threads` prepare up to `prefetch` batches ahead, at least one each; with 0 threads nothing is prefetched.
+    `cache_bytes` limits the decoded images kept in memory (`Reader`), without effect on the batches.
     """
     assemble = _Assemble(Reader(source, cache_bytes), image_size, max_boxes)
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(_Draw(scale_range))
-    # Shared out after all that is random, in blocks: the hosts' devices in a row see what those of one host would see.
-    # (drop_remainder: without it Grain rounds the length of the endless row up to more than an integer holds.)
+    # Batches are dealt to the hosts after all random steps, so that the result does not depend on the number of hosts.
+    # Without drop_remainder, Grain rounds up the length of the endless sequence and overflows an integer.
     batches = dataset.batch(batch_size, drop_remainder=True, batch_fn=assemble)[host::num_hosts]
     return _read(batches, threads, prefetch)
 
@@ -91,60 +94,60 @@ def eval_batches(
     threads: int = 2,
     prefetch: int = 4,
 ) -> Iterator[EvalBatch]:
-    """Every image of the source once, over all hosts together; every host yields the same number of batches."""
+    """Yields every image of the source once over all hosts. Every host yields the same number of batches."""
     per_host = -(-len(source) // num_hosts)
-    mine = range(host, len(source), num_hosts)
+    indices = range(host, len(source), num_hosts)
 
     def load_batch(batch: int) -> EvalBatch:
-        return _eval_batch(source, mine[batch * batch_size : (batch + 1) * batch_size], image_size, batch_size)
+        return _eval_batch(source, indices[batch * batch_size : (batch + 1) * batch_size], image_size, batch_size)
 
     return iter(_read(grain.MapDataset.range(-(-per_host // batch_size)).map(load_batch), threads, prefetch))
 
 
 class Unreadable:
-    """The images of a source that could not be read so far: each is named once, and too many end the run.
+    """Counts the unreadable images of this host. Reports each one once, and ends the run if there are too many.
 
-    Every image is read once in an epoch, so after one epoch all are known. The host's own images are counted.
+    All of them are known after one epoch, which reads every image once.
     """
 
-    def __init__(self, source: Source, limit: float, say: Callable[[str], None]) -> None:
-        """`limit`: the share of all images that may be unreadable. `say` prints a line."""
-        self._source, self._limit, self._say = source, limit, say
+    def __init__(self, source: Source, limit: float, log: Callable[[str], None]) -> None:
+        """`limit`: the allowed share of unreadable images. `log` prints a line."""
+        self._source, self._limit, self._log = source, limit, log
         self._reasons: dict[int, str] = {}
 
     def count(self, unreadable: Int[np.ndarray, 'B']) -> int:
-        """How many images of a batch were replaced, from its `unreadable`.
+        """Returns the number of replaced images in a batch, given its `unreadable`.
 
-        Raises UserError when more than the limit's share of all images are known to be unreadable.
+        Raises UserError if the share of unreadable images exceeds the limit.
         """
         indices = unreadable[unreadable >= 0].tolist()
         for index in indices:
             if index not in self._reasons:
-                self._reasons[index] = self._why(index)
-                self._say(f'warning: replaced by the next image: {self._reasons[index]}')
+                self._reasons[index] = self._reason(index)
+                self._log(f'warning: replaced by the next image: {self._reasons[index]}')
         check_unreadable(list(self._reasons.values()), len(self._source), self._limit)
         return len(indices)
 
-    def _why(self, index: int) -> str:
+    def _reason(self, index: int) -> str:
         try:
             load(self._source, index)
         except UnreadableError as error:
             return str(error)
-        return f'image {index}: could not be read once, but can be read now: is the disk sound?'
+        return f'image {index}: reading failed once, but works now: check the disk'
 
 
 def check_unreadable(reasons: Sequence[str], total: int, limit: float) -> None:
-    """Raises UserError where more than the share `limit` of `total` images cannot be read."""
+    """Raises UserError if more than the share `limit` of `total` images cannot be read."""
     if len(reasons) > limit * total:
         raise UserError(
             f'{len(reasons)} of {total} images cannot be read, more than config.dataset.max_unreadable={limit:g} '
-            f'allows: {first_few(reasons)} (check_data --images finds all)'
+            f'allows: {first_few(reasons)} (check-data --images lists all)'
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Draw(grain.transforms.RandomMap):
-    """Index -> (index, the random numbers of its place in the row)."""
+    """Index -> (index, random numbers for its position in the sequence)."""
 
     scale_range: tuple[float, float]
 
@@ -154,30 +157,30 @@ class _Draw(grain.transforms.RandomMap):
 
 @dataclasses.dataclass(frozen=True)
 class _Assemble:
-    """What was drawn for each image -> a batch, in whose one array of pixels the images are resized."""
+    """Indices and random numbers -> a batch. Images are resized directly into its pixel array."""
 
     reader: Reader
     image_size: tuple[int, int]
     max_boxes: int
 
     def __call__(self, drawn: Sequence[tuple[int, jitter.Jitter]]) -> dict[str, np.ndarray]:
-        size, most = len(drawn), self.max_boxes
+        size, max_boxes = len(drawn), self.max_boxes
         batch = {
             'image': np.empty((size, *self.image_size, 3), np.uint8),
             'valid_size': np.empty((size, 2), np.int32),
-            'boxes': np.zeros((size, most, 4), np.float32),
-            'labels': np.full((size, most), -1, np.int32),
+            'boxes': np.zeros((size, max_boxes, 4), np.float32),
+            'labels': np.full((size, max_boxes), -1, np.int32),
             'index': np.empty(size, np.int32),
             'unreadable': np.full(size, -1, np.int32),
             'dropped': np.empty(size, np.int32),
         }
         for i, (index, draws) in enumerate(drawn):
             place = functools.partial(jitter.place, image_size=self.image_size, jitter=draws)
-            used, (where, pixels, annotations) = _readable(self.reader, index, place)
+            used, (where, pixels, annotations) = _read_or_replace(self.reader, index, place)
             batch['valid_size'][i] = transforms.fill(batch['image'][i], pixels, where.scaled, where.corner)
             targets = annotations.select(~annotations.is_crowd)
             boxes_K4, kept_M = jitter.move_boxes(targets.boxes_yxyx, where, self.image_size)
-            count = min(len(boxes_K4), most)
+            count = min(len(boxes_K4), max_boxes)
             batch['boxes'][i, :count] = boxes_K4[:count]
             batch['labels'][i, :count] = targets.labels[kept_M][:count]
             batch['dropped'][i] = len(boxes_K4) - count
@@ -187,10 +190,10 @@ class _Assemble:
         return batch
 
 
-def _readable(
+def _read_or_replace(
     reader: Reader, index: int, place: Callable[[tuple[int, int]], jitter.Place]
 ) -> tuple[int, tuple[jitter.Place, np.ndarray, Annotations]]:
-    """(index, what is read) of the image, or of the first after it that can be read: the same at every visit."""
+    """(index, result of reading) of the image, or of the first readable image after it."""
     reasons = []
     for step in range(min(REPLACEMENTS + 1, len(reader))):
         candidate = (index + step) % len(reader)
@@ -199,13 +202,13 @@ def _readable(
         except UnreadableError as error:
             reasons.append(str(error))
     raise UserError(
-        f'{len(reasons)} images in a row cannot be read, from image {index} on; the first: {reasons[0]} '
-        '(check_data --images finds all)'
+        f'{len(reasons)} consecutive images from image {index} on cannot be read: {reasons[0]} '
+        '(check-data --images lists all)'
     )
 
 
 def load(source: Source, index: int) -> tuple[UInt8[np.ndarray, 'H W 3'], Annotations]:
-    """(RGB, annotations) of one image; an UnreadableError where it cannot be read or is not the one annotated."""
+    """(RGB, annotations) of one image. Raises UnreadableError if it cannot be read or has not the annotated size."""
     example = source[index]
     if isinstance(example.image, bytes):
         return transforms.decode(example.image, example.annotations.file_name), example.annotations
@@ -214,34 +217,34 @@ def load(source: Source, index: int) -> tuple[UInt8[np.ndarray, 'H W 3'], Annota
 
 def _eval_batch(source: Source, indices: Sequence[int], image_size: tuple[int, int], batch_size: int) -> EvalBatch:
     images = np.zeros((batch_size, *image_size, 3), np.uint8)
-    rest = [_resized_into(image, source, index) for image, index in zip(images, indices, strict=False)]
-    padding = batch_size - len(rest)
-    valid_sizes, image_scales, annotations, errors = zip(*rest, *[_nothing(None, '')] * padding, strict=True)
+    rows = [_load_into(image, source, index) for image, index in zip(images, indices, strict=False)]
+    padding = batch_size - len(rows)
+    valid_sizes, image_scales, annotations, errors = zip(*rows, *[_black(None, '')] * padding, strict=True)
     return EvalBatch(
         image=images,
         valid_size=np.array(valid_sizes, np.int32),
         image_scale=np.array(image_scales, np.float32),
-        mask=np.arange(batch_size) < len(rest),
+        mask=np.arange(batch_size) < len(rows),
         index=np.array([*indices, *[-1] * padding], np.int32),
-        annotations=annotations[: len(rest)],
-        errors=errors[: len(rest)],
+        annotations=annotations[: len(rows)],
+        errors=errors[: len(rows)],
     )
 
 
-def _resized_into(out: np.ndarray, source: Source, index: int) -> tuple:
-    """An evaluated image is not replaced: another would be counted twice, and its own objects not at all."""
+def _load_into(out: np.ndarray, source: Source, index: int) -> tuple:
+    """Unreadable images are not replaced here: evaluation must count every image once, with its own objects."""
     try:
         pixels, annotations = load(source, index)
     except UnreadableError as error:
-        return _nothing(source.annotations(index), str(error))
+        return _black(source.annotations(index), str(error))
     _, valid_size, image_scale = transforms.resize_and_pad(pixels, (out.shape[0], out.shape[1]), out)
     return valid_size, image_scale, annotations, ''
 
 
-def _nothing(annotations: Annotations | None, error: str) -> tuple:
+def _black(annotations: Annotations | None, error: str) -> tuple:
     return (0, 0), 1.0, annotations, error
 
 
 def _read(dataset: grain.MapDataset, threads: int, prefetch: int) -> grain.IterDataset:
-    cv2.setNumThreads(1)  # the images are shared out among our threads; more of OpenCV's would fight them
+    cv2.setNumThreads(1)  # images are already processed in parallel, more threads would compete
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads)))

@@ -1,4 +1,4 @@
-"""Training's images: decoded no larger than they are needed, and kept in memory where there is room for them."""
+"""Reads training images: decodes them no larger than needed, and caches them in memory."""
 
 import threading
 from collections.abc import Callable
@@ -12,29 +12,29 @@ from effdet_jax.data.sources import Source
 
 
 class Reader:
-    """A source's images, RGB. Keeps up to `cache_bytes` of pixels, and so reads and decodes them once. Thread safe.
+    """Reads the images of a source as RGB, and caches up to `cache_bytes` of decoded pixels. Thread-safe.
 
-    What is kept stays: every image is needed once an epoch, in any order. To give one up for a newer one would lose as
-    much as it gains, and with more images than room (least recently used first) nearly all would go before their turn.
+    Nothing is evicted. Every image is used once per epoch, in random order, so replacing one by another gains nothing;
+    least-recently-used eviction would drop most images before their next use.
     """
 
     def __init__(self, source: Source, cache_bytes: int = 0) -> None:
         self._source = source
-        self._room = cache_bytes
+        self._free_bytes = cache_bytes
         self._lock = threading.Lock()
-        self._known: dict[int, tuple[tuple[int, int], bool, Annotations]] = {}  # size, whether it can be reduced
+        self._info: dict[int, tuple[tuple[int, int], bool, Annotations]] = {}  # size, whether it can be reduced
         self._pixels: dict[tuple[int, int], np.ndarray] = {}  # by index and reduction
 
     def __len__(self) -> int:
         return len(self._source)
 
     def read(self, index: int, place: Callable[[tuple[int, int]], Place]) -> tuple[Place, np.ndarray, Annotations]:
-        """(place, uint8 [h, w, 3] decoded as it says, annotations); `place` is a function of the image's size.
+        """(place, uint8 [h, w, 3] decoded for it, annotations); `place` maps the size of the image to its place.
 
-        Raises UnreadableError where the image cannot be read or is not the one annotated.
+        Raises UnreadableError if the image cannot be read or has not the annotated size.
         """
-        if index in self._known:
-            size, reducible, annotations = self._known[index]
+        if index in self._info:
+            size, reducible, annotations = self._info[index]
             where = place(size)
             pixels = self._pixels.get((index, where.reduction if reducible else 1))
             if pixels is not None:
@@ -53,8 +53,8 @@ class Reader:
     def _keep(self, index: int, where: Place, pixels: np.ndarray, reducible: bool, annotations: Annotations) -> None:
         key = index, where.reduction if reducible else 1
         with self._lock:
-            if key in self._pixels or pixels.nbytes > self._room:
+            if key in self._pixels or pixels.nbytes > self._free_bytes:
                 return
-            self._room -= pixels.nbytes
-            self._known[index] = where.size, reducible, annotations
+            self._free_bytes -= pixels.nbytes
+            self._info[index] = where.size, reducible, annotations
             self._pixels[key] = pixels

@@ -1,13 +1,13 @@
-"""Where the data come from: `open_source('voc:data/bccd', 'trainval')`. One small class per origin.
+"""Data sources: `open_source('voc:data/bccd', 'trainval')`. One small class per kind.
 
-    shapes                 drawn on the fly               split START:STOP, a range of indices
-    tfds:NAME              a prepared TensorFlow dataset  split as TFDS writes it, 'train[:90%]'
-    voc:ROOT               a PASCAL VOC folder            split: a file of ImageSets/Main, without .txt
-    coco:JSON,IMAGES       a COCO file, an image folder   no split: another file is another source
+    shapes                 generated on the fly           split START:STOP, a range of indices
+    tfds:NAME              a prepared TensorFlow dataset  split in the syntax of TFDS, 'train[:90%]'
+    voc:ROOT               a PASCAL VOC folder            split: a file in ImageSets/Main, without .txt
+    coco:JSON,IMAGES       a COCO file, an image folder   no split: use another file instead
     csv:FILE               a table                        no split
-    A + B                  both, one after the other      for all parts that name none themselves: KIND:ARGS@SPLIT
+    A + B                  concatenation                  split for all parts without their own, KIND:ARGS@SPLIT
 
-A new origin is a function or class with the members of `CheckableSource` and a line in `_KINDS`.
+To add a kind, write a class with the members of `CheckableSource` and a line in `_KINDS`.
 """
 
 import bisect
@@ -35,10 +35,10 @@ from effdet_jax.errors import UserError
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples from several threads: what training and evaluation need.
+    """Thread-safe random access to examples, for training and evaluation.
 
-    class_names: in the order of the labels. category_ids: the number each class has outside, in COCO results; 1..K
-    where the origin has none.
+    class_names: in the order of the labels. category_ids: the external id of each class, for COCO results; 1..K if the
+    data define none.
     """
 
     class_names: tuple[str, ...]
@@ -46,38 +46,38 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Example:
-        """One image with mended annotations; an UnreadableError where the image cannot be read or is another."""
+        """One image with cleaned annotations. Raises UnreadableError if the image is unreadable or of another size."""
         ...
 
     def annotations(self, index: int, /) -> Annotations:
-        """What is known of one image, mended, without decoding it."""
+        """The cleaned annotations of one image, without decoding it."""
         ...
 
 
 @runtime_checkable
 class CheckableSource(Source, Protocol):
-    """A source that can also be asked what is wrong with it. faults: what of the annotations could not be read."""
+    """A source that can be checked for faults. faults: annotations that could not be read."""
 
     faults: tuple[Finding, ...]
 
     def image(self, index: int, /) -> bytes | UInt8[np.ndarray, 'H W 3']:
-        """One image alone, encoded and unchecked, or RGB."""
+        """One image, encoded and unchecked, or RGB."""
         ...
 
     def listing(self, most: int, track: Track) -> Listing:
-        """All annotations as they stand; of about `most` images where each must be read or drawn for it."""
+        """All annotations, uncleaned. Samples about `most` images if it has to read or render each of them."""
         ...
 
     def fingerprint(self) -> str:
-        """What `data.fingerprint` returns."""
+        """The result of `data.fingerprint`."""
         ...
 
 
 def fingerprint(source: CheckableSource) -> str:
-    """32 hex digits that say whether two sources hold the same images and annotations, in the same order.
+    """32 hex digits, equal for sources with the same images and annotations in the same order. Reads no image.
 
-    Annotated files: of class names, file names, boxes and labels; moved to another folder, they keep it. A prepared
-    dataset: of its name, version, split and length. Drawn pictures: of their range. No image is read.
+    It covers the class names, file names, boxes and labels of annotated files, but not their folder; the name, version,
+    split and length of a prepared dataset; and the range of generated images.
     """
     return source.fingerprint()
 
@@ -85,40 +85,40 @@ def fingerprint(source: CheckableSource) -> str:
 def open_source(
     spec: str, split: str = '', class_names: Sequence[str] = (), *, faulty: bool = False
 ) -> CheckableSource:
-    """Opens what `spec` names, see the head of this file.
+    """Opens a source, with the syntax at the top of this file.
 
-    A `split` that is itself a source ('coco:val.json,val2017', 'tfds:voc/2007@test') is opened in place of `spec`.
-    `class_names` fixes the classes and their order; without it they come from the data. Raises UserError where
-    something is missing or malformed, with `faulty` only where nothing can be read at all.
+    A `split` that is itself a source ('coco:val.json,val2017', 'tfds:voc/2007@test') replaces `spec`. `class_names`
+    sets the classes and their order; by default they come from the data. Raises UserError if something is missing or
+    malformed; with `faulty`, only if nothing can be read at all.
     """
     spec, split = resolve_split(spec, split)
     if not spec:
-        raise UserError(f'no data are named: set config.dataset.source to {_GRAMMAR}')
-    # a folder may be called 'a + b': only where a kind follows, a source begins
+        raise UserError(f'no data source is given: set config.dataset.source to {_GRAMMAR}')
+    # A folder may be called 'a + b', so split only where a kind follows.
     texts = [text.strip() for text in re.split(rf' \+ (?=\s*{_KIND})', spec)]
     parts = [_open_part(text, split, tuple(class_names)) for text in texts]
     for part, text in zip(parts, texts, strict=True):
         if part.class_names != parts[0].class_names:
             raise UserError(
-                f'{text} has the classes {", ".join(part.class_names)} and {texts[0]} has '
-                f'{", ".join(parts[0].class_names)}: name the classes for both in class_names'
+                f'{text} has the classes {", ".join(part.class_names)}, but {texts[0]} has '
+                f'{", ".join(parts[0].class_names)}: list the classes of both in config.dataset.class_names'
             )
     source = parts[0] if len(parts) == 1 else Concatenated(parts)
     errors = [fault for fault in source.faults if KINDS[fault.kind].severity == 'error']
     if errors and not faulty:
         others = len(errors) - 1
-        more = f' ({others} more {"fault" if others == 1 else "faults"}; check_data lists all)' if others else ''
+        more = f' ({others} more {"error" if others == 1 else "errors"}; check-data lists all)' if others else ''
         raise UserError(errors[0].message + more)
     return source
 
 
 def resolve_split(source: str, split: str) -> tuple[str, str]:
-    """(spec, split) to open: `split` itself as the spec where it is a source, else both as they are."""
+    """(spec, split) to open: (split, '') if the split is itself a source, else both unchanged."""
     return (split, '') if re.match(_KIND, split) else (source, split)
 
 
 class Shapes:
-    """The embedded dataset, pictures START to STOP - 1."""
+    """Images START to STOP - 1 of the built-in dataset."""
 
     class_names = shapes.CLASS_NAMES
     category_ids = tuple(range(1, len(shapes.CLASS_NAMES) + 1))
@@ -134,29 +134,29 @@ class Shapes:
         return shapes.draw(self._indices[index])
 
     def image(self, index: int) -> bytes | np.ndarray:
-        """The picture, RGB."""
+        """The image, RGB."""
         return self[index].image
 
     def annotations(self, index: int) -> Annotations:
-        """What is covered or outside is known only once the picture is drawn: this takes as long as the picture."""
+        """Takes as long as drawing the image, because visibility is known only then."""
         return self[index].annotations
 
     def listing(self, most: int, track: Track) -> Listing:
-        """Of at most `most` pictures."""
+        """Lists at most `most` images."""
         return list_some(self._read, self.class_names, self.category_ids, len(self), most, track)
 
     def fingerprint(self) -> str:
-        """Of the range."""
+        """A digest of the range."""
         return digest('shapes', self._indices)
 
     def _read(self, index: int) -> tuple[ImageRow, Annotations]:
         annotations, (height, width, _) = (example := self[index]).annotations, np.shape(example.image)
-        name = f'shapes, picture {annotations.image_id}'
+        name = f'shapes, image {annotations.image_id}'
         return ImageRow(annotations.image_id, name, f'{name}: object ', (height, width)), annotations
 
 
 class Concatenated:
-    """Several sources of the same classes, one after the other."""
+    """Several sources with the same classes, one after the other."""
 
     def __init__(self, parts: Sequence[CheckableSource]):
         self.class_names, self.category_ids = parts[0].class_names, parts[0].category_ids
@@ -172,22 +172,22 @@ class Concatenated:
         return part[index]
 
     def image(self, index: int) -> bytes | np.ndarray:
-        """As the part gives it."""
+        """The image, as returned by its part."""
         part, index = self._locate(index)
         return part.image(index)
 
     def annotations(self, index: int) -> Annotations:
-        """As the part does it."""
+        """The annotations, as returned by the part of the image."""
         part, index = self._locate(index)
         return part.annotations(index)
 
     def listing(self, most: int, track: Track) -> Listing:
-        """Of all parts."""
+        """The listings of all parts."""
         listings = [part.listing(-(-most // len(self._parts)), track) for part in self._parts]
         return join(listings, [len(part) for part in self._parts])
 
     def fingerprint(self) -> str:
-        """Of those of the parts."""
+        """A digest of the fingerprints of the parts."""
         return digest([part.fingerprint() for part in self._parts])
 
     def _locate(self, index: int) -> tuple[CheckableSource, int]:
@@ -198,9 +198,9 @@ class Concatenated:
 
 def _open_part(text: str, split: str, class_names: tuple[str, ...]) -> CheckableSource:
     kind = re.split('[:@]', text)[0]
-    arguments = text[len(kind) :].removeprefix(':')  # 'shapes@0:100' has none but a split
+    arguments = text[len(kind) :].removeprefix(':')  # 'shapes@0:100' has only a split
     if kind not in _KINDS:
-        raise UserError(f'{text!r} is no data source: write {_GRAMMAR}')
+        raise UserError(f'{text!r} is not a data source: use {_GRAMMAR}')
     return _KINDS[kind](arguments, split, class_names)
 
 
@@ -208,7 +208,7 @@ def _open_shapes(arguments: str, split: str, class_names: tuple[str, ...]) -> Sh
     arguments, split = _take_split(arguments, split)
     match = re.fullmatch(r'(\d+):(\d+)', split)
     if arguments or match is None or int(match[1]) >= int(match[2]):
-        raise UserError(f'shapes{arguments and ":"}{arguments} has no split {split!r}: write START:STOP, as in 0:2000')
+        raise UserError(f'shapes{arguments and ":"}{arguments} has no split {split!r}: use START:STOP, as in 0:2000')
     if class_names and class_names != shapes.CLASS_NAMES:
         raise UserError(f'the classes of shapes are {", ".join(shapes.CLASS_NAMES)}, not {", ".join(class_names)}')
     return Shapes(int(match[1]), int(match[2]))
@@ -223,15 +223,15 @@ def _open_coco(arguments: str, split: str, class_names: tuple[str, ...]) -> Anno
     commas = [at for at, character in enumerate(arguments) if character == ',']
     texts = [(arguments[:at].strip(), arguments[at + 1 :].strip()) for at in commas]
     if not any(json_file and images for json_file, images in texts):
-        raise UserError(f'coco:{arguments}: write coco:JSON,IMAGES, as in coco:instances_val2017.json,val2017')
-    # of several commas, which folders may have in their names, the one with a file and a folder at its sides
+        raise UserError(f'coco:{arguments}: use coco:JSON,IMAGES, as in coco:instances_val2017.json,val2017')
+    # Paths may contain commas: prefer the comma between an existing file and an existing folder.
     pairs = [(_path(json_file), _path(images)) for json_file, images in texts if json_file and images]
     json_file, images = max(pairs, key=lambda pair: (pair[0].is_file(), pair[1].is_dir()))
     return AnnotatedFiles(read_coco(json_file, images, class_names))
 
 
 def _open_voc(arguments: str, split: str, class_names: tuple[str, ...]) -> AnnotatedFiles:
-    if not _path(arguments).is_dir():  # a folder may have an @ in its name
+    if not _path(arguments).is_dir():  # a folder name may contain an @
         arguments, split = _take_split(arguments, split)
     return AnnotatedFiles(read_voc(_path(arguments), split, class_names))
 
@@ -248,12 +248,12 @@ def _take_split(arguments: str, split: str) -> tuple[str, str]:
 
 
 def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))  # noqa: PTH111  # Path's own raises where there is no such user
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # Path.expanduser raises for unknown users
 
 
 def _no_split(kind: str, split: str) -> None:
     if split:
-        raise UserError(f"{kind}: knows no split, got {split!r}: set it to '' or to another source, {_GRAMMAR}")
+        raise UserError(f"{kind} has no splits, got {split!r}: use '' or another source, {_GRAMMAR}")
 
 
 _KINDS: dict[str, Callable[[str, str, tuple[str, ...]], CheckableSource]] = {
@@ -263,5 +263,5 @@ _KINDS: dict[str, Callable[[str, str, tuple[str, ...]], CheckableSource]] = {
     'voc': _open_voc,
     'csv': _open_csv,
 }
-_KIND = rf'(?:{"|".join(_KINDS)})(?:[:@\s]|$)'  # how a source begins
+_KIND = rf'(?:{"|".join(_KINDS)})(?:[:@\s]|$)'  # the start of a source
 _GRAMMAR = 'shapes, tfds:NAME, voc:ROOT, coco:JSON,IMAGES or csv:FILE'

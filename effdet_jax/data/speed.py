@@ -1,4 +1,4 @@
-"""How fast each stage of the input is, alone and all together."""
+"""Throughput of the input pipeline, as a whole and of each stage."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -21,9 +21,9 @@ def stage_rates(
     images: int = 64,
     seconds: float = 1.0,
 ) -> dict[str, float]:
-    """{stage: images/s} on one thread, and of whole batches on one thread and on `threads`; `seconds` for each.
+    """{stage: images/s} of each stage on one thread, and of batches on one and on `threads` threads.
 
-    Over the first `images` of the source, which must be readable.
+    Measures each for `seconds`, over the first `images` of the source, which must be readable.
     """
     cv2.setNumThreads(1)
     indices = range(min(images, len(source)))
@@ -40,26 +40,40 @@ def stage_rates(
         image = examples[i].image
         return transforms.decode(image, '', reduction=reduction) if isinstance(image, bytes) else image
 
-    needed = [decode(i, where.reduction) for i, where in enumerate(places)]
+    decoded = [decode(i, where.reduction) for i, where in enumerate(places)]
     stages: dict[str, Callable[[int], object]] = {
-        'read, or draw': lambda i: source[i],
+        'read or generate': lambda i: source[i],
         'decode': lambda i: decode(i, 1),
-        'decode no larger than needed': lambda i: decode(i, places[i].reduction),
-        'resize, crop, pad': lambda i: transforms.fill(out, needed[i], places[i].scaled, places[i].corner),
+        'decode at reduced size': lambda i: decode(i, places[i].reduction),
+        'resize, crop, pad': lambda i: transforms.fill(out, decoded[i], places[i].scaled, places[i].corner),
         'boxes': lambda i: jitter.move_boxes(loaded[i][1].boxes_yxyx, places[i], image_size),
     }
     rates = {name: _rate(map(stage, itertools.cycle(indices)), 1, seconds) for name, stage in stages.items()}
-    batch_size = min(8, len(source))
     for count in sorted({1, threads}):
-        batches = iter(
-            train_batches(
-                source, image_size=image_size, batch_size=batch_size, max_boxes=100, scale_range=scale_range, seed=0,
-                threads=count, prefetch=1,
-            )
-        )  # fmt: skip
-        next(batches)
-        rates[f'batches, {count} thread{"s" * (count > 1)}'] = _rate(batches, batch_size, seconds)
+        rate = batch_rate(source, image_size=image_size, scale_range=scale_range, threads=count, seconds=seconds)
+        rates[f'batches, {count} thread{"s" * (count > 1)}'] = rate
     return rates
+
+
+def batch_rate(
+    source: Source,
+    *,
+    image_size: tuple[int, int],
+    scale_range: tuple[float, float],
+    threads: int,
+    batch_size: int = 8,
+    seconds: float = 1.0,
+) -> float:
+    """Images/s of `train_batches` on this host, measured for `seconds` after the first batch."""
+    size = min(batch_size, len(source))
+    batches = iter(
+        train_batches(
+            source, image_size=image_size, batch_size=size, max_boxes=100, scale_range=scale_range, seed=0,
+            threads=threads, prefetch=1,
+        )
+    )  # fmt: skip
+    next(batches)
+    return _rate(batches, size, seconds)
 
 
 def _rate(work: Iterable, images: int, seconds: float) -> float:

@@ -1,4 +1,4 @@
-"""Prepared TensorFlow datasets, read from their files alone: no TensorFlow, no network."""
+"""Prepared TensorFlow datasets, read from their files without TensorFlow or network access."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,13 @@ from effdet_jax.data.example import Annotations, Example
 from effdet_jax.data.listing import ImageRow, Listing, Track, category_ids, digest, list_some
 from effdet_jax.errors import UnreadableError, UserError
 
-UNKNOWN_SIZE = (512, 512)  # stands in for the size of a damaged image, whose boxes are known as fractions of it
+UNKNOWN_SIZE = (512, 512)  # assumed for a damaged image, because boxes are stored as fractions of the size
 
 
 class Tfds:
     """A dataset prepared by tensorflow_datasets, with features `image` and `objects {bbox, label, ...}`.
 
-    Read from its files alone: no TensorFlow, no network, not the code that made the dataset. Boxes are cleaned as they
-    are read, because their pixels are known only then.
+    Boxes are cleaned when they are read, because the size of the image is known only then.
     """
 
     faults = ()
@@ -34,7 +33,7 @@ class Tfds:
         names = tuple(builder.info.features['objects']['label'].names)
         self.class_names = tuple(class_names) or names
         self.category_ids = _category_ids(self.class_names, names)
-        # -1 stands for a class that `class_names` leaves out
+        # -1: a class that is not in `class_names`
         self._names = names
         self._label_of = np.array([self.class_names.index(n) if n in self.class_names else -1 for n in names], np.int32)
 
@@ -43,96 +42,96 @@ class Tfds:
 
     def __getitem__(self, index: int) -> Example:
         record = self._records[index]
-        annotations, size, names = self._stated(record, index)
+        annotations, size, names = self._parse(record, index)
         if (annotations.labels < 0).any():
-            raise UserError(self._unknown(annotations, names).message)
+            raise UserError(self._unknown_label(annotations, names).message)
         return Example(record['image'], checks.clean(annotations, size))
 
     def image(self, index: int) -> bytes | np.ndarray:
-        """As it is stored."""
+        """The image as stored."""
         return self._records[index]['image']
 
     def annotations(self, index: int) -> Annotations:
-        """The record is read, the image in it is not decoded.
+        """Reads the record without decoding its image.
 
-        Where the image's header is damaged, its size is lost, and the boxes are in pixels of an image of UNKNOWN_SIZE.
+        If the header of the image is damaged, the boxes are in pixels of an image of UNKNOWN_SIZE.
         """
         try:
             return self[index].annotations
         except UnreadableError:
-            annotations, size, _ = self._stated(self._records[index], index, UNKNOWN_SIZE)
+            annotations, size, _ = self._parse(self._records[index], index, UNKNOWN_SIZE)
             return checks.clean(annotations, size)
 
     def listing(self, most: int, track: Track) -> Listing:
-        """Of at most `most` records."""
+        """Lists at most `most` records."""
         return list_some(self._read, self.class_names, self.category_ids, len(self), most, track)
 
     def fingerprint(self) -> str:
-        """Of name, version and split: a version of a prepared dataset never changes."""
+        """A digest of name, version and split, because a version never changes."""
         return digest(self.class_names, self._name, self._split, len(self))
 
     def _read(self, index: int) -> tuple[ImageRow, Annotations] | Finding:
         try:
-            annotations, size, names = self._stated(self._records[index], index)
+            annotations, size, names = self._parse(self._records[index], index)
         except UnreadableError as error:
             return Finding('unreadable_image', f'{self._where}, record {index}', error.reason)
         if (annotations.labels < 0).any():
-            return self._unknown(annotations, names)
+            return self._unknown_label(annotations, names)
         if not np.isfinite(annotations.boxes_yxyx).all():
-            return Finding('malformed_annotation', annotations.file_name, 'a coordinate is no finite number')
+            return Finding('malformed_annotation', annotations.file_name, 'a coordinate is not finite')
         name = annotations.file_name
         return ImageRow(annotations.image_id, name, f'{name}: object ', size, is_measured=True), annotations
 
-    def _unknown(self, annotations: Annotations, names: Sequence[str]) -> Finding:
+    def _unknown_label(self, annotations: Annotations, names: Sequence[str]) -> Finding:
         label = names[int(np.argmin(annotations.labels))]
         detail = f'label {label!r} is not among the class names ({", ".join(self.class_names)})'
         return Finding('unknown_label', annotations.file_name, detail, label=label)
 
-    def _stated(
+    def _parse(
         self, record: Mapping[str, Any], index: int, size: tuple[int, int] | None = None
     ) -> tuple[Annotations, tuple[int, int], list[str]]:
-        """What the record says, with -1 as label where the class is not one of ours; size; names of the labels.
+        """(annotations with label -1 for unknown classes, size, names of the labels).
 
-        `size` (height, width) is that of the image where it is not given.
+        `size` is (height, width), by default that of the image.
         """
         image, objects = record['image'], record['objects']
         file_name = _decoded(record.get('image/filename', ''))
         where = f'{self._where}, {file_name or f"image {index}"}'
         height, width = size or (transforms.image_size(image, where) if isinstance(image, bytes) else image.shape[:2])
         boxes_M4 = np.asarray(objects['bbox'], np.float32).reshape(-1, 4)
-        given_M = np.asarray(objects['label'], np.int64)
+        labels_M = np.asarray(objects['label'], np.int64)
         annotations = Annotations(
             image_id=int(record['image/id']) if 'image/id' in record else Path(file_name).stem or index,
             file_name=where,
             boxes_yxyx=boxes_M4 * np.array([height, width, height, width], np.float32),
-            labels=self._label_of[given_M],
-            areas=np.asarray(objects.get('area', [np.nan] * len(given_M)), np.float32),
-            is_crowd=np.asarray(objects.get('is_crowd', [False] * len(given_M)), bool),
-            is_difficult=np.asarray(objects.get('is_difficult', [False] * len(given_M)), bool),
+            labels=self._label_of[labels_M],
+            areas=np.asarray(objects.get('area', [np.nan] * len(labels_M)), np.float32),
+            is_crowd=np.asarray(objects.get('is_crowd', [False] * len(labels_M)), bool),
+            is_difficult=np.asarray(objects.get('is_difficult', [False] * len(labels_M)), bool),
         )
-        return annotations, (height, width), [self._names[given] for given in given_M]
+        return annotations, (height, width), [self._names[label] for label in labels_M]
 
 
 def _category_ids(class_names: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
-    """1..K, but COCO's own for COCO, whose `names` a prepared dataset holds without them: they have holes."""
+    """1..K, or the non-contiguous ids of COCO, which a prepared dataset does not store."""
     if set(names) != set(coco.USED_NAMES):
         return tuple(range(1, len(class_names) + 1))
     return tuple(category_ids(class_names, dict(zip(coco.CLASS_NAMES, coco.CATEGORY_IDS, strict=True))))
 
 
 def _prepared(name: str) -> Any:
-    """The builder of a dataset on this disk, made from its metadata.
+    """The builder of a dataset on this disk, from its metadata.
 
-    `tfds.builder` would run the dataset's own code instead, which for some (coco) needs TensorFlow.
+    `tfds.builder` would run the code of the dataset, which needs TensorFlow for some, such as coco.
     """
-    from tensorflow_datasets.core import read_only_builder  # takes half a second: only those who need it
+    from tensorflow_datasets.core import read_only_builder  # takes half a second, so import only if needed
 
     data_dir = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
     try:
         return read_only_builder.builder_from_files(name, data_dir=str(Path(data_dir).expanduser()))
-    except ValueError as error:  # not found, or not a name
+    except ValueError as error:  # not found, or an invalid name
         raise UserError(
-            f'{name} is not prepared in {data_dir}, run: pip install -r requirements-tensorflow.txt && python -c '
+            f'{name} is not prepared in {data_dir}: run pip install -r requirements-tensorflow.txt && python -c '
             f"'import tensorflow_datasets as tfds; "
             f'tfds.builder("{name}", file_format="array_record").download_and_prepare()\''
         ) from error
@@ -144,20 +143,25 @@ def _tfds_records(builder: Any, name: str, split: str) -> Sequence[dict[str, Any
     features = builder.info.features
     objects = getattr(features['objects'], 'feature', {}) if 'objects' in features else {}
     if 'image' not in features or not {'bbox', 'label'} <= set(objects):
-        raise UserError(f'{name} has the features {", ".join(features)}: needed are image and objects {{bbox, label}}')
+        raise UserError(
+            f'{name} has the features {", ".join(features)}, but image and objects {{bbox, label}} are required: '
+            'use another dataset'
+        )
     if not split:
         raise UserError(f'tfds:{name} needs a split: choose one of {", ".join(builder.info.splits)}')
     try:
         return builder.as_data_source(split=split, decoders={'image': decode.SkipDecoding()})
     except NotImplementedError as error:
         raise UserError(
-            f'{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, which cannot be read at '
-            f'random, run: pip install -r requirements-tensorflow.txt && tfds convert_format --dataset_version_dir='
+            f'{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, without random access: '
+            f'run pip install -r requirements-tensorflow.txt && tfds convert_format --dataset_version_dir='
             f'{builder.data_dir} --out_file_format=array_record'
         ) from error
     except (ValueError, KeyError) as error:
         splits = ', '.join(builder.info.splits)
-        raise UserError(f'tfds:{name} has no images in split {split!r}: choose of {splits}, or train[:90%]') from error
+        raise UserError(
+            f'tfds:{name} has no images in split {split!r}: choose one of {splits}, or a part such as train[:90%]'
+        ) from error
 
 
 def _decoded(text: str | bytes) -> str:

@@ -1,4 +1,4 @@
-"""Detections and ground truth in, numbers out: NumPy, no jax."""
+"""Metrics from detections and ground truth, in NumPy without jax."""
 
 from effdet_jax.evaluation.coco import coco_by_size, coco_metrics
 from effdet_jax.evaluation.types import Detections, GroundTruth

@@ -1,4 +1,4 @@
-"""COCO's average precision and recall, counted by faster-coco-eval."""
+"""COCO average precision and recall, computed by faster-coco-eval."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
 from effdet_jax.evaluation.types import Detections, GroundTruth, check_pairs
 
-# name: (table, IoU threshold or all ten, area range, detections per image and class)
+# name: (table, IoU threshold or None for all ten, area range, detections per image and class)
 SUMMARY = {
     'AP': ('precision', None, 'all', 100),
     'AP50': ('precision', 0.5, 'all', 100),
@@ -28,26 +28,24 @@ SUMMARY = {
 def coco_metrics(
     ground_truth: Sequence[GroundTruth], detections: Sequence[Detections], class_names: Sequence[str]
 ) -> dict[str, float]:
-    """COCO's twelve numbers, then `AP/<class>` and `AP50/<class>`, each in [0, 1].
+    """The twelve COCO metrics, then `AP/<class>` and `AP50/<class>`, each in [0, 1].
 
-    The keys are always the same: a number about which the ground truth says nothing (a class without objects, no small
-    objects; COCO's -1) is nan, and a class without objects does not count in the means. Objects without detections
-    score 0. A crowd is matched by any number of detections and counts neither for nor against them; COCO knows no
-    difficult objects, so they are treated as crowds.
+    All keys are always present. A metric without ground truth (a class without objects, no small objects) is nan, where
+    COCO has -1, and is left out of the means. Objects without detections score 0. A crowd matches any number of
+    detections, which are then ignored. COCO has no difficult objects, so they are treated as crowds.
 
     Args:
-        ground_truth, detections: one entry an image, in the same order.
-        class_names: the name of label 0, 1, ...
+        ground_truth, detections: one entry per image, in the same order.
+        class_names: the names of labels 0, 1, ...
 
     Raises:
-        UserError: no images, or a label without a name.
+        UserError: if there are no images, or a label has no name.
     """
-    check_pairs(ground_truth, detections, len(class_names))
-    tables = _count(_as_coco(ground_truth, len(class_names)), _as_coco(detections, len(class_names)))
-    metrics = {name: _mean(tables, number, classes=slice(None)) for name, number in SUMMARY.items()}
-    for number in ('AP', 'AP50'):
+    tables = _tables(ground_truth, detections, len(class_names))
+    metrics = {name: _mean(tables, metric, classes=slice(None)) for name, metric in SUMMARY.items()}
+    for metric in ('AP', 'AP50'):
         metrics |= {
-            f'{number}/{name}': _mean(tables, SUMMARY[number], classes=label) for label, name in enumerate(class_names)
+            f'{metric}/{name}': _mean(tables, SUMMARY[metric], classes=label) for label, name in enumerate(class_names)
         }
     return metrics
 
@@ -55,30 +53,29 @@ def coco_metrics(
 def coco_by_size(
     ground_truth: Sequence[GroundTruth], detections: Sequence[Detections], class_names: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """For small, medium and large objects: how many `objects`, `AP`, `AP50`, `AR100`, and `AP/<class>`.
+    """For small, medium and large objects: the number of `objects`, `AP`, `AP50`, `AR100`, and `AP/<class>`.
 
-    Small is an area of up to 32^2 pixels, large one of 96^2 or more, COCO's; an area on a limit is of both sizes.
-    Otherwise as `coco_metrics`.
+    As in COCO, small means an area of at most 32^2 pixels, large one of at least 96^2; an area on a limit counts for
+    both sizes. Otherwise as in `coco_metrics`.
     """
-    check_pairs(ground_truth, detections, len(class_names))
-    tables = _count(_as_coco(ground_truth, len(class_names)), _as_coco(detections, len(class_names)))
+    tables = _tables(ground_truth, detections, len(class_names))
     areas_M = np.concatenate([truth.areas[~(truth.is_crowd | truth.is_difficult)] for truth in ground_truth])
     sizes = {}
     for size in ('small', 'medium', 'large'):
         low, high = tables['area_range'][tables['area'].index(size)]
-        numbers = {
+        metrics = {
             'AP': ('precision', None, size, 100),
             'AP50': ('precision', 0.5, size, 100),
             'AR100': ('recall', None, size, 100),
         }
-        row = {name: _mean(tables, number, slice(None)) for name, number in numbers.items()}
-        row |= {f'AP/{name}': _mean(tables, numbers['AP'], label) for label, name in enumerate(class_names)}
+        row = {name: _mean(tables, metric, slice(None)) for name, metric in metrics.items()}
+        row |= {f'AP/{name}': _mean(tables, metrics['AP'], label) for label, name in enumerate(class_names)}
         sizes[size] = {'objects': int(((areas_M >= low) & (areas_M <= high)).sum()), **row}
     return sizes
 
 
 def _as_coco(images: Sequence[GroundTruth] | Sequence[Detections], num_classes: int) -> COCO:
-    """An in-memory COCO file. Ids start at 1, because COCO reads a match with annotation 0 as no match."""
+    """An in-memory COCO file. Ids start at 1, because COCO treats a match with annotation 0 as no match."""
     annotations = [row for image_id, image in enumerate(images, start=1) for row in _annotations(image, image_id)]
     for annotation_id, annotation in enumerate(annotations, start=1):
         annotation['id'] = annotation_id
@@ -106,9 +103,11 @@ def _annotations(image: GroundTruth | Detections, image_id: int) -> list[dict]:
     ]
 
 
-def _count(truth: COCO, found: COCO) -> dict:
-    """The axes of every table: T IoU thresholds, (R recalls,) K classes, A area ranges, M detections per image."""
-    evaluation = COCOeval_faster(truth, found, iouType='bbox', print_function=_silent)
+def _tables(ground_truth: Sequence[GroundTruth], detections: Sequence[Detections], num_classes: int) -> dict:
+    """Tables with axes T IoU thresholds, R recalls, K classes, A area ranges, M detections per image."""
+    check_pairs(ground_truth, detections, num_classes)
+    truth, results = _as_coco(ground_truth, num_classes), _as_coco(detections, num_classes)
+    evaluation = COCOeval_faster(truth, results, iouType='bbox', print_function=lambda *_: None)
     evaluation.evaluate()
     evaluation.accumulate()
     p = evaluation.params
@@ -122,14 +121,10 @@ def _count(truth: COCO, found: COCO) -> dict:
     }
 
 
-def _mean(tables: dict, number: tuple[str, float | None, str, int], classes: int | slice) -> float:
-    """The mean over the measured part of a table, nan where nothing is measured (COCO's -1)."""
-    table, iou, area, max_detections = number
+def _mean(tables: dict, metric: tuple[str, float | None, str, int], classes: int | slice) -> float:
+    """The mean over the defined values of a metric (those that are not -1), nan if there are none."""
+    table, iou, area, max_detections = metric
     t = slice(None) if iou is None else tables['iou'].index(iou)
     part = tables[table][t, ..., classes, tables['area'].index(area), tables['max_detections'].index(max_detections)]
-    measured = part[part > -1]
-    return float(measured.mean()) if measured.size else float('nan')
-
-
-def _silent(*_) -> None:
-    pass
+    defined = part[part > -1]
+    return float(defined.mean()) if defined.size else float('nan')

@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from effdet_jax.commands import cli
-from effdet_jax.commands.plan.planner import device_memory, line_through, parse_bytes
+from effdet_jax.commands.plan.memory import device_memory, line_through, parse_bytes
 from effdet_jax.inference.detector import image_anchors
 from effdet_jax.model import build_model
 from effdet_jax.records.console import info, result, table

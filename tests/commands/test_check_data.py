@@ -119,7 +119,7 @@ def test_sizes_that_a_table_does_not_know_come_from_the_images(csv_files):
     assert found.fit.objects == 2
     with console.terminal.capture() as printed:
         inspection_report.show(without, images=False)
-    assert 'do not say the size of 4 images: add --images' in printed.get()
+    assert 'size of 4 images is not annotated: add --images' in printed.get()
 
 
 def test_what_cannot_be_opened_at_all_is_a_finding_and_the_other_split_is_still_checked(csv_files, tmp_path):
@@ -163,10 +163,10 @@ def test_drawn_pictures_have_no_faults_and_a_sample_says_nothing_of_classes():
     assert kinds(inspection.inspect(c, images=True))['eval'] <= {'class_without_examples'}
     c.dataset.eval_split = '299:301'
     found = inspection.inspect(c)
-    assert [f.image for f in found.findings['eval'] if f.kind == 'image_in_both_splits'] == ['shapes, picture 299']
+    assert [f.image for f in found.findings['eval'] if f.kind == 'image_in_both_splits'] == ['shapes, image 299']
     sources = {split: data.open_source('shapes', '0:300') for split in ('train', 'eval')}
     sample = inspection.inspect_sources(c, sources, {'train': [], 'eval': []}, most=3)
-    assert [row.file for row in sample.listings['train'].images] == [f'shapes, picture {i}' for i in (0, 149, 299)]
+    assert [row.file for row in sample.listings['train'].images] == [f'shapes, image {i}' for i in (0, 149, 299)]
     assert sample.listings['train'].sampled and 'class_without_examples' not in kinds(sample)['train']
 
 
@@ -182,8 +182,8 @@ def test_crowds_are_counted(tmp_path):
     found = inspection.inspect(config(f'coco:{tmp_path}/coco.json,{tmp_path}', eval_split='shapes@0:2'))
     with console.terminal.capture() as printed:
         inspection_report.show(found, images=False)
-    assert 'train: 1 images, 1 objects, 1 crowd among them' in printed.get()
-    assert '1 objects (1 are crowds), of which none can be learned' in printed.get()
+    assert 'train: 1 images, 1 objects, including 1 crowd' in printed.get()
+    assert 'none of the 1 objects (1 are crowds) is usable' in printed.get()
     assert inspection_report.to_json(found)['splits']['train'] == {'images': 1, 'objects': 1, 'crowds': 1}
 
 
@@ -191,8 +191,8 @@ def test_classes_that_differ_only_in_case_or_blanks(csv_files):
     rows = [f'a.png,5,5,{x},25,{name}' for x, name in enumerate(('Cup', 'cup', 'tea cup', 'tea_cup', 'pen'), start=20)]
     found = inspection.inspect(config(csv_files('train', *rows), eval_split=csv_files('eval', *rows)))
     assert [f.message for f in found.of_kind('similar_classes')['train']] == [
-        "class 'cup': there is also 'Cup': if they are the same, give them the same name",
-        "class 'tea_cup': there is also 'tea cup': if they are the same, give them the same name",
+        "class 'cup': there is also 'Cup': if they mean the same class, use one name",
+        "class 'tea_cup': there is also 'tea cup': if they mean the same class, use one name",
     ]
 
 
@@ -225,7 +225,7 @@ def test_advice_on_the_scale_of_anchors(csv_files):
     fit = inspection.inspect(c, images=True).fit  # 6 pixels become 9.6; the smallest anchor has 32
     assert (fit.objects, fit.unmatched) == (20, 20) and fit.table == (('8 to 16', '1:2 to 2:1', 20, 20),)
     best = min(fit.unmatched_at, key=fit.unmatched_at.get)
-    assert best < 2 and f'scale={best:g} would leave {fit.unmatched_at[best]} of 20' in fit.advice
+    assert best < 2 and f'scale={best:g} leaves {fit.unmatched_at[best]} of 20' in fit.advice
     c.model.anchors.scale = best
     again = inspection.inspect(c, images=True).fit
     assert again.unmatched == fit.unmatched_at[best] and again.advice == ''
@@ -241,7 +241,7 @@ def test_a_training_starts_with_a_summary(csv_files):
         inspection.check_sources(c, dict(zip(('train', 'eval'), open_sources(c), strict=True)))
     assert printed.get().splitlines() == [
         'data: warning: train: 1 x box without area: a.png: dropped in training: remove or redraw it',
-        'data: 0 errors and 1 warning; to see all: python -m effdet_jax check-data --config=FILE',
+        'data: 0 errors and 1 warning; for the full list, run python -m effdet_jax check-data --config=FILE',
     ]
 
 
@@ -256,5 +256,5 @@ def test_a_training_that_could_learn_nothing_does_not_start(csv_files, rows):
     c = config(csv_files('train', *rows), eval_split='shapes@0:2')
     c.dataset.class_names = ('cat',)
     c.dataset.eval_split = csv_files('eval', 'c.png,5,5,35,25,cat')
-    with pytest.raises(UserError, match=r'all 2 images: \d objects?, of which none can be learned: .*check-data'):
+    with pytest.raises(UserError, match=r'all 2 images: none of the \d objects is usable: .*check-data'):
         inspection.check_sources(c, dict(zip(('train', 'eval'), open_sources(c), strict=True)))

@@ -305,7 +305,7 @@ def test_check_data_fails_where_there_is_an_error_and_writes_only_what_it_is_tol
     code, out, error = start('check-data', *config, f'--config.dataset.train_split=csv:{tmp_path}/boxes.csv',
                              f'--out={tmp_path}/found')  # fmt: skip
     assert (code, error) == (1, '')
-    assert 'missing.png: there is no such file: add it' in out
+    assert 'missing.png: no such file: add the file' in out
     found = json.loads((tmp_path / 'found' / 'check.json').read_text())['findings']
     assert [f['file'] for f in found if f['kind'] == 'missing_image'] == [f'{tmp_path}/missing.png']
     code, out, error = start('check-data', *config)
@@ -319,7 +319,7 @@ def test_check_data_fails_where_there_is_an_error_and_writes_only_what_it_is_tol
     [
         ((), 2, 'error: --config missing'),
         (('--config=configs/d0.py', '--fit', '--no-data'), 2, '--fit needs the data'),
-        (('--config=configs/d0.py', '--memory=16'), 1, 'error: --memory=16 is no amount of memory'),
+        (('--config=configs/d0.py', '--memory=16'), 1, 'error: --memory=16 is not an amount of memory'),
         (('--config=configs/d0.py', '--batch=0'), 2, 'batch'),
     ],
 )

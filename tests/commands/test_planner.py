@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effdet_jax.commands.plan import anchor_report, planner
+from effdet_jax.commands.plan.memory import line_through, parse_bytes
 from effdet_jax.configs import default
 from effdet_jax.data.listing import ImageRow, ObjectRow, make_listing
 from effdet_jax.errors import UserError
@@ -36,7 +37,7 @@ def compiled():
 def test_the_line_through_two_small_batches_predicts_a_larger_one(compiled):
     step, programs = compiled
     totals = {size: step.memory(*program).total for size, program in programs.items()}
-    line = planner.line_through({size // 4: totals[size] for size in (8, 16)})
+    line = line_through({size // 4: totals[size] for size in (8, 16)})
     assert line.at(32 // 4) == pytest.approx(totals[32], rel=0.05)
     assert totals[32] > 1.5 * totals[8]
 
@@ -64,7 +65,7 @@ def test_a_planned_step_runs(compiled, monkeypatch):
     multiple=st.integers(1, 8),
 )  # fmt: skip
 def test_the_largest_batch_fits_and_the_next_does_not(fixed, per_image, a, limit, multiple):
-    line = planner.line_through({a: fixed + per_image * a, 2 * a: fixed + per_image * 2 * a})
+    line = line_through({a: fixed + per_image * a, 2 * a: fixed + per_image * 2 * a})
     largest = line.largest(limit, multiple)
     assert largest % multiple == 0
     assert largest == 0 or line.at(largest) <= limit * (1 + 1e-9)
@@ -75,13 +76,13 @@ def test_the_largest_batch_fits_and_the_next_does_not(fixed, per_image, a, limit
     ('text', 'size'), [('16GiB', 16 * 2**30), ('24 GB', 24 * 10**9), ('1.5gib', 3 * 2**29), ('900MiB', 900 * 2**20)]
 )
 def test_amounts_of_memory(text, size):
-    assert planner.parse_bytes(text) == size
+    assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize('text', ['16', 'GiB', '16GiBs', '-1GB', '0GB', '1e3MB'])
 def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(UserError, match='16GiB or 24GB'):
-        planner.parse_bytes(text)
+        parse_bytes(text)
 
 
 def toy(config, num_classes, axis_name):
@@ -108,9 +109,9 @@ def test_a_whole_plan(toy_config):
         'Network: nano, 5 classes, 64x64 pixels',
         'objects of 16 training images',
         'batch 8 on 4 x cpu on 1 host, float32, remat=False, accumulate=1',
-        'the line through the compiled batches 4 and 8',
+        'Estimated from compiled batches 4 and 8',
         'Evaluation of 4 images at a time',
-        'Time: 16 images, 2 steps of 8 in an epoch',
+        'Time: 16 images, 2 steps of 8 per epoch',
         'all 2 epochs',
     ):
         assert expected in plan
@@ -156,7 +157,7 @@ def test_without_the_step_nothing_is_compiled(toy_config, monkeypatch):
     monkeypatch.setattr(footprint.PlannedStep, 'lower', None)
     plan = '\n'.join(planner.plan(toy_config, with_step=False, with_data=False))
     assert '90 classes' in plan
-    assert 'all else that a step needs' in plan
+    assert 'other temporaries' in plan
 
 
 def test_data_that_cannot_be_opened_can_be_left_out(toy_config):
@@ -198,13 +199,13 @@ def test_anchors_are_told_by_coco_size_and_by_class():
         'cell': ['2', '1.000', '1.000', '0'],
         'dot': ['1', '0.000', f'{iou:.3f}', '1'],
     }
-    assert advice.startswith('Advice: --config.model.anchors.scale=1 would leave 0 of 3')
+    assert advice.startswith('Advice: --config.model.anchors.scale=1 leaves 0 of 3')
 
 
 def test_without_known_sizes_nothing_is_said_of_anchors():
     listing = make_listing(('cell',), (1,), [ImageRow(1, 'a.png', 'a: ')], [ObjectRow(0, (0.0, 0.0, 9.0, 9.0), 0, 1)])
     (only,) = anchor_report.sections(default.get_config('d0'), listing, fit=True)
-    assert 'do not say the size' in only
+    assert 'annotated size' in only
 
 
 def test_attacked_images_add_to_the_state_of_the_training_and_not_to_the_network(toy_config):

@@ -142,7 +142,7 @@ def test_size_comes_from_the_image_where_the_annotations_have_none(tmp_path):
 
 def test_image_of_another_size_than_annotated_is_an_error(tmp_path):
     source = open_source(voc(tmp_path, size='<width>30</width><height>40</height>'))
-    with pytest.raises(UserError, match=r'a\.jpg: the image is 40x30, its annotations say 30x40'):
+    with pytest.raises(UserError, match=r'a\.jpg: the image is 40x30, the annotations say 30x40'):
         source[0]
 
 
@@ -176,34 +176,34 @@ def overwrite(name: str, text: str, write):
 @pytest.mark.parametrize(
     ('write', 'message'),
     [
-        (remove('JPEGImages/b.jpg'), r'b\.jpg: there is no such file: add it'),
+        (remove('JPEGImages/b.jpg'), r'b\.jpg: no such file: add the file'),
         (
             remove('Annotations/a.xml', 'Annotations/b.xml'),
-            r'Annotations: none of the 2 images of .* has an XML',
+            r'Annotations: none of the 2 images in .* has an XML',
         ),
-        (remove('Annotations/b.xml', 'JPEGImages/b.jpg'), r'b\.jpg: there is no such file: add it'),
+        (remove('Annotations/b.xml', 'JPEGImages/b.jpg'), r'b\.jpg: no such file: add the file'),
         (overwrite('Annotations/a.xml', '<annotation>\n<object>', voc), r'a\.xml: not valid XML .*line 2'),
-        (lambda root: voc(root, '<object><name>cat</name></object>'), r'a\.xml: an object without <bndbox/ymin>'),
+        (lambda root: voc(root, '<object><name>cat</name></object>'), r'a\.xml: object without <bndbox/ymin>'),
         (lambda root: voc(root, voc_object('cat', (1, 2, 'nan', 4))), r'a\.xml: cat: expected 4 finite numbers'),
         (lambda root: voc(root).replace('@train', '@tran'), "no split 'tran': choose one of none, train"),
         (lambda root: voc(root).replace('@train', '@none'), r'none\.txt: the split is empty'),
         (lambda root: f'voc:{root}@train', 'Annotations: no such folder'),
         (overwrite('coco.json', '{"images": [', coco), r'coco\.json: not valid JSON .*line 1'),
-        (overwrite('coco.json', '[]', coco), r'coco\.json: no list of annotations and categories and images'),
+        (overwrite('coco.json', '[]', coco), r'coco\.json: annotations and categories and images missing'),
         (lambda root: f'coco:{root}/x.json,{root}', r'x\.json: no such file'),
-        (lambda root: f'coco:{root}', 'write coco:JSON,IMAGES'),
+        (lambda root: f'coco:{root}', 'use coco:JSON,IMAGES'),
         (annotation(category_id=3), 'annotation 1: no image 70 or no category 3'),
         (annotation(image_id=3), 'annotation 1: no image 3 or'),
         (annotation(bbox=[1, 2, 3]), 'annotation 1: expected 4 finite numbers'),
         (annotation(bbox=[1, 2, 3, float('nan')]), 'annotation 1: expected 4 finite numbers'),
-        (broken_coco(images=[], annotations=[]), 'lists no images'),
+        (broken_coco(images=[], annotations=[]), 'no images are listed'),
         (broken_coco(categories=[{'id': 17, 'name': 'x'}, {'id': 18, 'name': 'x'}]), 'the same name'),
         (overwrite('table.csv', 'image,label\na,b\n', table), r'table\.csv:1: the header is'),
         (lambda root: table(root, 'images/a.jpg,1,2,3,4,cat\nimages/a.jpg,1,2,3,x,cat\n'), r'table\.csv:3: expected 4'),
         (lambda root: table(root, 'images/a.jpg,1,2,,,cat\n'), r'table\.csv:2: expected 4'),
-        (lambda root: table(root, 'images/a.jpg,1,2,3\n'), r'table\.csv:2: a row needs'),
+        (lambda root: table(root, 'images/a.jpg,1,2,3\n'), r'table\.csv:2: a row must have'),
         (lambda root: table(root, 'images/a.jpg,1,2,3,4,\n'), r"table\.csv:2: label ''"),
-        (lambda root: table(root, 'images/c.jpg,1,2,3,4,cat\n'), r'c\.jpg: there is no such file: add it'),
+        (lambda root: table(root, 'images/c.jpg,1,2,3,4,cat\n'), r'c\.jpg: no such file: add the file'),
         (lambda root: table(root, ''), 'the table has no rows'),
         (lambda root: f'csv:{root}/x.csv', r'x\.csv: no such file'),
     ],
@@ -286,14 +286,17 @@ def test_labels_are_taken_without_blanks_around_them(tmp_path):
 @pytest.mark.parametrize(
     ('write', 'message'),
     [
-        (broken_coco(categories=[{'id': 17, 'name': None}]), r"category \{'id': 17, 'name': None\} .*its name is None"),
-        (broken_coco(categories=[{'id': 17, 'name': ' '}]), 'its name is'),
-        (broken_coco(categories=[{'id': 'x7', 'name': 'cat'}]), "its id, 'x7', is no whole number"),
-        (broken_coco(categories=[{'id': 1, 'name': 'a'}, {'id': '1', 'name': 'b'}]), 'another one has the id 1'),
+        (
+            broken_coco(categories=[{'id': 17, 'name': None}]),
+            r"category \{'id': 17, 'name': None\} .*invalid name None",
+        ),
+        (broken_coco(categories=[{'id': 17, 'name': ' '}]), 'invalid name'),
+        (broken_coco(categories=[{'id': 'x7', 'name': 'cat'}]), "its id, 'x7', is not an integer"),
+        (broken_coco(categories=[{'id': 1, 'name': 'a'}, {'id': '1', 'name': 'b'}]), 'duplicate id 1'),
         (broken_coco(categories=[{'id': 1, 'name': 'a'}, {'id': 2, 'name': ' a'}]), r'the same name \(a\)'),
         (annotation(iscrowd='maybe'), "annotation 1: its iscrowd, 'maybe', is neither 0 nor 1"),
-        (annotation(category_id='cat'), "annotation 1: its category_id, 'cat', is no whole number"),
-        (annotation(image_id=None), 'annotation 1: its id, None, is no whole number'),
+        (annotation(category_id='cat'), "annotation 1: its category_id, 'cat', is not an integer"),
+        (annotation(image_id=None), 'annotation 1: its id, None, is not an integer'),
     ],
 )
 def test_what_is_no_id_name_or_mark_is_told(write, message, tmp_path):
@@ -421,14 +424,14 @@ def test_of_two_images_the_xml_says_which(tmp_path, stated):
 def test_two_images_of_which_nothing_says_which_are_a_fault(tmp_path):
     spec = voc(tmp_path)
     shutil.copy(tmp_path / 'JPEGImages' / 'a.jpg', tmp_path / 'JPEGImages' / 'a.png')
-    with pytest.raises(UserError, match=r'a\.jpg and a\.png have the same name, and no <filename> says which'):
+    with pytest.raises(UserError, match=r'a\.jpg and a\.png share a stem, and <filename> names none'):
         open_source(spec)
 
 
 def test_an_image_of_a_format_that_is_not_read_is_named(tmp_path):
     spec = voc(tmp_path)
     (tmp_path / 'JPEGImages' / 'b.jpg').rename(tmp_path / 'JPEGImages' / 'b.heic')
-    with pytest.raises(UserError, match=r'b\.jpg: there is no such file, but b\.heic'):
+    with pytest.raises(UserError, match=r'b\.jpg: no such file, only b\.heic'):
         open_source(spec)
 
 
@@ -459,7 +462,7 @@ def test_annotations_of_the_upright_image_fit_an_image_that_is_stored_turned(tmp
 def test_annotations_of_the_stored_image_are_told_what_to_do(tmp_path):
     spec = voc(tmp_path)
     turn(tmp_path / 'JPEGImages' / 'a.jpg', 8)
-    with pytest.raises(UserError, match=r'the image is 30x40, .* say 40x30 .*stored turned.* EXIF .*exiftool'):
+    with pytest.raises(UserError, match=r'the image is 30x40, .* say 40x30 .*stored rotated.* EXIF .*exiftool'):
         open_source(spec)[0]
 
 

@@ -54,25 +54,15 @@ def test_an_absolute_path_inside_the_folder_is_taken(root, inside, stated):
 
 
 @pytest.mark.parametrize(
-    ('name', 'absolute'),
+    'name',
     [
-        ('../outside.jpg', False),
-        ('..\\outside.jpg', False),
-        ('sub/../../outside.jpg', False),
-        (' ../outside.jpg', False),
-        ('{root}/../outside.jpg', True),
-        ('/etc/passwd', True),
-        ('C:\\data\\a.jpg', True),
-        ('c:/data/a.jpg', True),
-        ('\\\\server\\data\\a.jpg', True),
-        ('', False),
-        ('.', False),
+        '../outside.jpg', '..\\outside.jpg', 'sub/../../outside.jpg', ' ../outside.jpg', '{root}/../outside.jpg',
+        '/etc/passwd', 'C:\\data\\a.jpg', 'c:/data/a.jpg', '\\\\server\\data\\a.jpg', '', '.',
     ],
-)
-def test_no_name_leads_out_of_the_folder(root, name, absolute):
+)  # fmt: skip
+def test_no_name_leads_out_of_the_folder(root, name):
     found = Folder(root).find(name.format(root=root))
-    assert found.fault == 'unsafe_path' and f'leaves {root}' in found.detail
-    assert ('an absolute path must lie inside it' in found.detail) == absolute
+    assert found.fault == 'unsafe_path' and f'points outside {root}' in found.detail
     assert Folder(root).images(name.format(root=root).removesuffix('.jpg')) == ([], [])
 
 
@@ -82,7 +72,7 @@ def test_two_files_that_fit_equally_well_are_a_fault(root):
 
 
 def test_a_file_that_is_not_there_is_told(root):
-    assert Folder(root).find('sub/b.jpg') == (f'{root}/sub/b.jpg', 'missing_image', 'there is no such file')
+    assert Folder(root).find('sub/b.jpg') == (f'{root}/sub/b.jpg', 'missing_image', 'no such file')
     assert Folder(root / 'none').find('a.jpg').fault == 'missing_image'
 
 
@@ -115,7 +105,7 @@ def test_text_is_read_with_and_without_a_byte_order_mark(tmp_path, encoding):
 
 def test_text_of_another_encoding_is_named_with_its_line(tmp_path):
     (tmp_path / 'x').write_bytes('a\nKüche'.encode('latin-1'))
-    with pytest.raises(UnreadableError, match=r'x:2: not text in UTF-8 .*: save it as UTF-8'):
+    with pytest.raises(UnreadableError, match=r'x:2: not UTF-8 text .*: save it as UTF-8'):
         read_text(tmp_path / 'x')
 
 

@@ -71,7 +71,7 @@ def test_the_limit_is_a_number_of_pixels(monkeypatch):
 )
 def test_formats_that_only_one_library_knows_are_refused(content):
     """Those OpenCV alone would decode without a limit of ours; EPS, which Pillow alone knows, is a program."""
-    with pytest.raises(UnreadableError, match='not an image that can be decoded, of JPEG, PNG'):
+    with pytest.raises(UnreadableError, match=r'not a readable image \(JPEG, PNG'):
         transforms.decode(content, 'x')
 
 
@@ -81,7 +81,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
     for name in ('pipe.jpg', 'zeros.jpg', '.'):
         with pytest.raises(UnreadableError, match='not a regular file: replace or remove'):
             read_image(tmp_path / name)
-    with pytest.raises(UnreadableError, match='no file can have this name'):
+    with pytest.raises(UnreadableError, match='not a valid file name'):
         read_image('a\0b.jpg')
 
 
@@ -127,21 +127,21 @@ EXTERNAL = (
 @pytest.mark.parametrize(
     ('write', 'message'),
     [
-        (named('../coco.json'), r"image 70: the file name '\.\./coco\.json' leaves .*images: name a file in it"),
-        (named('/etc/passwd'), r"the file name '/etc/passwd' leaves"),
-        (named(''), "the file name '' leaves"),
-        (named('a/../../x.jpg'), 'leaves'),
-        (named('a\0.jpg'), r'a\\x00\.jpg: there is no such file'),
-        (named('\ud800.jpg'), r'\\ud800\.jpg: there is no such file'),
-        (lambda root: table(root, '../x.jpg,1,2,3,4,cat\n'), r"table\.csv:2: the file name '\.\./x\.jpg' leaves"),
-        (overwrite('ImageSets/Main/train.txt', '../../x\n', voc), r"train\.txt: the name '\.\./\.\./x' leaves"),
-        (overwrite('Annotations/a.xml', LAUGHS, voc), r'a\.xml: not valid XML \(it declares entities\)'),
-        (overwrite('Annotations/a.xml', EXTERNAL, voc), r'a\.xml: not valid XML \(it declares entities\)'),
+        (named('../coco.json'), r"image 70: the file name '\.\./coco\.json' points outside .*images: use a path"),
+        (named('/etc/passwd'), r"the file name '/etc/passwd' points outside"),
+        (named(''), "the file name '' points outside"),
+        (named('a/../../x.jpg'), 'points outside'),
+        (named('a\0.jpg'), r'a\\x00\.jpg: no such file'),
+        (named('\ud800.jpg'), r'\\ud800\.jpg: no such file'),
+        (lambda root: table(root, '../x.jpg,1,2,3,4,cat\n'), r"table\.csv:2: the file name '\.\./x\.jpg' points outside"),
+        (overwrite('ImageSets/Main/train.txt', '../../x\n', voc), r"train\.txt: the name '\.\./\.\./x' points outside"),
+        (overwrite('Annotations/a.xml', LAUGHS, voc), r'a\.xml: not valid XML \(entity declarations are not allowed\)'),
+        (overwrite('Annotations/a.xml', EXTERNAL, voc), r'a\.xml: not valid XML \(entity declarations are not allowed\)'),
         (overwrite('Annotations/a.xml', '<?xml version="1.0" encoding="x"?><a/>', voc), r'a\.xml: not valid XML'),
         (overwrite('coco.json', '[' * 200_000, coco), r'coco\.json: not valid JSON \(.*recursion'),
         (overwrite('coco.json', f'[{"9" * 5000}]', coco), r'coco\.json: not valid JSON \(Exceeds the limit'),
         (lambda root: table(root, 'images/a.jpg,1,2,3,4,' + 'c' * 200_000 + '\n'), r'table\.csv:\d: .*field larger'),
-        (lambda root: table(root, 'images/a\0.jpg,1,2,3,4,cat\n'), r'a\\x00\.jpg: there is no such file'),
+        (lambda root: table(root, 'images/a\0.jpg,1,2,3,4,cat\n'), r'a\\x00\.jpg: no such file'),
         (lambda root: table(root, 'images/a.jpg,1,2,3,1e999,cat\n'), 'expected 4 finite numbers'),
         (lambda root: table(root, 'images/a.jpg,1,2,3,1e30,cat\n'), 'expected 4 finite numbers'),
     ],
@@ -163,5 +163,5 @@ def test_numbers_beyond_reason_are_refused(box, tmp_path):
 def test_a_csv_that_is_no_text_is_named_with_its_line(tmp_path):
     spec = table(tmp_path)
     (tmp_path / 'table.csv').write_bytes((tmp_path / 'table.csv').read_bytes() + b'\xff\xfe\n')
-    with pytest.raises(UserError, match=r'table\.csv:5: not text in UTF-8 .*save it as UTF-8'):
+    with pytest.raises(UserError, match=r'table\.csv:5: not UTF-8 text .*save it as UTF-8'):
         open_source(spec)

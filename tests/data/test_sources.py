@@ -48,20 +48,20 @@ def test_concatenation_has_the_parts_in_order():
 
 def test_concatenated_parts_must_have_the_same_classes(tmp_path):
     (tmp_path / 'a.csv').write_text('image,xmin,ymin,xmax,ymax,label\na.csv,1,2,3,4,cat\n')
-    with pytest.raises(UserError, match=r'the classes cat and shapes.* has ellipse'):
+    with pytest.raises(UserError, match=r'the classes cat, but shapes.* has ellipse'):
         open_source(f'shapes@0:2 + csv:{tmp_path}/a.csv')
 
 
 @pytest.mark.parametrize(
     ('spec', 'split', 'message'),
     [
-        ('shape', '', "'shape' is no data source: write shapes, tfds:NAME"),
-        ('', 'trainval', r'no data are named: set config\.dataset\.source to shapes, tfds:NAME'),
-        ('shapes', '', 'write START:STOP'),
-        ('shapes', '5:5', 'write START:STOP'),
+        ('shape', '', "'shape' is not a data source: use shapes, tfds:NAME"),
+        ('', 'trainval', r'no data source is given: set config\.dataset\.source to shapes, tfds:NAME'),
+        ('shapes', '', 'use START:STOP'),
+        ('shapes', '5:5', 'use START:STOP'),
         ('shapes:big', '0:5', 'shapes:big'),
-        ('coco:a.json,b', 'train', "coco: knows no split, got 'train'"),
-        ('csv:a.csv', 'train', 'csv: knows no split'),
+        ('coco:a.json,b', 'train', "coco has no splits, got 'train'"),
+        ('csv:a.csv', 'train', 'csv has no splits'),
     ],
 )
 def test_malformed_source_is_explained(spec, split, message):

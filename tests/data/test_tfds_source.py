@@ -96,7 +96,7 @@ def test_splits_are_those_of_tfds():
     assert len(open_source('tfds:tiny_detection/2007@test')) == 1
     assert len(open_source('tfds:tiny_detection/2007', 'train[:50%]+test')) == 3
     assert len(open_source('tfds:tiny_detection/2007@train + tfds:tiny_detection/2007@test')) == 5
-    with pytest.raises(UserError, match=r"no images in split 'val': choose of (test, train|train, test)"):
+    with pytest.raises(UserError, match=r"no images in split 'val': choose one of (test, train|train, test)"):
         open_source('tfds:tiny_detection/2007', 'val')
     with pytest.raises(UserError, match='needs a split'):
         open_source('tfds:tiny_detection/2007')
@@ -205,7 +205,7 @@ def test_missing_dataset_is_explained_at_once_and_offline(name, monkeypatch):
     assert time.monotonic() - start < 10
     message = str(error.value)
     assert message.startswith(f'{name} is not prepared in ') and '\n' not in message
-    *_, program = shlex.split(message.split('run: ')[1])  # what a shell makes of the advice is a program
+    *_, program = shlex.split(message.split(': run ')[1])  # what a shell makes of the advice is a program
     assert f'tfds.builder("{name}", file_format="array_record").download_and_prepare()' in program
     compile(program, 'advice', 'exec')
 

@@ -205,7 +205,7 @@ def encoded_as(format_: str) -> bytes:
     ids=['last byte of a JPEG', 'half a JPEG', 'half a PNG', 'BMP'],
 )
 def test_image_that_ends_too_early_is_told_so(encoded):
-    with pytest.raises(UserError, match=r'^x: the file ends too early: open it in an image editor and save it again'):
+    with pytest.raises(UserError, match=r'^x: the file is truncated: open it in an image editor and save it again'):
         transforms.decode(encoded, 'x')
 
 

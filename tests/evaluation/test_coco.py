@@ -86,7 +86,7 @@ def test_prints_nothing(capfd):
 def test_errors_name_what_to_mend():
     with pytest.raises(UserError, match='no images'):
         coco_metrics([], [], ['a'])
-    with pytest.raises(UserError, match=r'image 0 has label 1, but 1 classes are named'):
+    with pytest.raises(UserError, match=r'image 0 has label 1, but the labels are 0 to 0'):
         coco_metrics([truth([[0, 0, 1, 1]], [1])], [found([], [], [])], ['a'])
     with pytest.raises(UserError, match=r'detections of image 0 has label -1'):
         coco_metrics([truth([], [])], [found([[0, 0, 1, 1]], [1], [-1])], ['a'])

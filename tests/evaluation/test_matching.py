@@ -92,7 +92,7 @@ def test_every_detection_is_of_one_kind_and_every_object_found_at_most_once():
 
 
 def test_errors_name_what_to_mend():
-    with pytest.raises(UserError, match='label 2, but 2 classes'):
+    with pytest.raises(UserError, match='label 2, but the labels are 0 to 1'):
         matching.match([truth([[0, 0, 1, 1]], [2])], [found([], [], [])], 2)
     with pytest.raises(UserError, match='no images'):
         matching.match([], [], 2)

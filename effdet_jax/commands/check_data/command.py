@@ -1,7 +1,7 @@
-"""What is wrong with the data of a config: python -m effdet_jax check-data --config=configs/d3.py:voc2007 [--images]
+"""Check the data of a config for faults: python -m effdet_jax check-data --config=configs/d3.py:voc2007 [--images]
 
-Reads all annotations of both splits, with --images every image too, and prints what it found. Nothing is written but
-by --out=DIR: check.json with every finding, and pictures of the worst. Exits with 1 where there is an error.
+Reads all annotations of both splits, and with --images also every image, and prints the faults. Writes files only with
+--out=DIR: check.json with all findings, and pictures of the worst images. Exits with 1 if there are errors.
 """
 
 import json
@@ -17,27 +17,27 @@ CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'FILE or FILE:PRESET, e.g. configs/d3.py:voc2007', lock_config=True
 )
 IMAGES = flags.DEFINE_bool(
-    'images', False, 'read every image: undecodable ones, sizes, copies of an image in both splits'
+    'images', False, 'also read all images: finds damaged ones, wrong sizes, copies in both splits'
 )
-OUT = flags.DEFINE(cli.PATH, 'out', None, 'folder for check.json and pictures; made if need be. Without it, no files')
+OUT = flags.DEFINE(cli.PATH, 'out', None, 'folder for check.json and pictures, created if missing')
 
 
 def main(arguments: Sequence[str]) -> None:
     if arguments:
         raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --config=FILE --out=DIR')
-    from effdet_jax import inspection  # after the flags: --help must not wait for them
-    from effdet_jax.commands.check_data import inspection_report  # after the flags: --help must not wait for them
+    from effdet_jax.commands.check_data import inspection_report  # imported late to keep --help fast
+    from effdet_jax.inspection import inspect
     from effdet_jax.records.console import info
     from effdet_jax.records.files import write_atomically
 
-    found = inspection.inspect(CONFIG.value, IMAGES.value)
-    inspection_report.show(found, IMAGES.value)
+    inspection = inspect(CONFIG.value, IMAGES.value)
+    inspection_report.show(inspection, IMAGES.value)
     if out := OUT.value:
-        content = json.dumps(inspection_report.to_json(found), indent=1)
+        content = json.dumps(inspection_report.to_json(inspection), indent=1)
         write_atomically(out / 'check.json', content.encode())
-        pictures = inspection_report.write_pictures(found, out)
-        info(f'{out}: check.json and {pictures} pictures')
-    if found.count('error'):
+        pictures = inspection_report.write_pictures(inspection, out)
+        info(f'wrote check.json and {pictures} pictures to {out}')
+    if inspection.count('error'):
         sys.exit(1)
 
 

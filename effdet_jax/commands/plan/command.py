@@ -1,8 +1,8 @@
-"""What a run will need, before it starts: python -m effdet_jax plan --config=configs/d3.py:voc2007 [--memory=16GiB]
+"""Estimate what a run needs before it starts: python -m effdet_jax plan --config=configs/d3.py:voc2007 [--memory=16GiB]
 
-Parameters and multiply-accumulates, how the anchors fit the data, the memory of a training step and the largest batch
-that fits, the time of an epoch. The compiler says what the step needs on the devices of this machine, so run it on one
-like the one that you will train on. Any key of the config is a flag: --config.model.remat=True.
+Shows parameters and multiply-adds, how well the anchors match the data, the memory of a training step, the largest
+batch that fits, and the time of an epoch. The training step is compiled for the devices of this machine, so use one
+like the machine you will train on. Any key of the config is a flag: --config.model.remat=True.
 """
 
 from collections.abc import Sequence
@@ -15,28 +15,29 @@ from effdet_jax.commands import cli
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'FILE or FILE:PRESET, e.g. configs/d3.py:voc2007', lock_config=True
 )
-MEMORY = flags.DEFINE_string('memory', '', 'of one device, e.g. 16GiB; without it, that of the device of this machine')
-BATCH = flags.DEFINE_integer('batch', None, 'short for --config.train.batch_size', lower_bound=1)
-NO_STEP = flags.DEFINE_bool('no-step', False, 'do not compile the training step: seconds, but no activations, no time')
-NO_DATA = flags.DEFINE_bool('no-data', False, 'do not open the training data: no anchors, 90 classes unless named')
-FIT = flags.DEFINE_bool('fit', False, 'propose anchor scale and aspect ratios by k-means on IoU')
-DRAW = flags.DEFINE(cli.PATH, 'draw', None, 'SVG or PNG file for a picture of the feature network')
-OUT = flags.DEFINE(cli.PATH, 'out', None, 'Markdown file for the plan')
+MEMORY = flags.DEFINE_string('memory', '', 'memory of one device, such as 16GiB; by default that of this machine')
+BATCH = flags.DEFINE_integer('batch', None, 'same as --config.train.batch_size', lower_bound=1)
+NO_STEP = flags.DEFINE_bool('no-step', False, 'do not compile the training step: fast, but no activations and times')
+NO_DATA = flags.DEFINE_bool('no-data', False, 'do not open the training data: no anchors, 90 classes by default')
+FIT = flags.DEFINE_bool('fit', False, 'propose an anchor scale and aspect ratios by k-means on IoU')
+DRAW = flags.DEFINE(cli.PATH, 'draw', None, 'write a picture of the feature network to this SVG or PNG file')
+OUT = flags.DEFINE(cli.PATH, 'out', None, 'write the plan to this Markdown file')
 
 
 def main(arguments: Sequence[str]) -> None:
     if arguments:
         raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --config=FILE --memory=16GiB')
     if FIT.value and NO_DATA.value:
-        raise app.UsageError('--fit needs the data: leave --no-data away')
-    from effdet_jax.commands.plan import planner  # after the flags: --help must not wait for jax
+        raise app.UsageError('--fit needs the data: remove --no-data')
+    from effdet_jax.commands.plan import planner  # imported late to keep --help fast
+    from effdet_jax.commands.plan.memory import parse_bytes
     from effdet_jax.records.console import result
     from effdet_jax.records.files import write_atomically
 
     config = CONFIG.value
     if BATCH.value:
         config.train.batch_size = BATCH.value
-    memory = planner.parse_bytes(MEMORY.value) if MEMORY.value else None
+    memory = parse_bytes(MEMORY.value) if MEMORY.value else None
     if DRAW.value:
         planner.draw_feature_network(config, DRAW.value)
     sections = []
