@@ -42,7 +42,6 @@ class AnnotatedFiles:
         return Example(encoded, annotations)
 
     def image(self, index: int) -> bytes:
-        """The bytes of the image file, unchecked."""
         return read_bytes(self._listing.images[index].file)
 
     def annotations(self, index: int) -> Annotations:
@@ -56,11 +55,9 @@ class AnnotatedFiles:
         return self._objects_of(index)
 
     def listing(self, most: int, track: Track) -> Listing:
-        """The complete listing, which is in memory."""
         return self._listing
 
     def fingerprint(self) -> str:
-        """A digest of file names and annotations."""
         return self._listing.fingerprint
 
     def _objects_of(self, index: int) -> Annotations:

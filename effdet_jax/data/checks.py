@@ -35,9 +35,7 @@ KINDS: dict[str, Kind] = {
     ),
     'missing_image': Kind('error', 'missing image file', 'add the file, or remove it from the annotations'),
     'unreadable_image': Kind('error', 'image that cannot be decoded', 'replace or remove the file'),
-    'another_size': Kind(
-        'error', 'image size differs from the annotations', 'fix the annotated size, or restore the annotated image'
-    ),
+    'another_size': Kind('error', 'image size differs from the annotations', 'fix the annotated size or the image'),
     'image_in_both_splits': Kind(
         'error', 'image in both splits', 'remove it from one of them, or the metrics will be too high'
     ),
@@ -51,23 +49,15 @@ KINDS: dict[str, Kind] = {
     'duplicate_box': Kind('warning', 'object annotated twice', 'kept in training: remove one'),
     'image_listed_twice': Kind('warning', 'image listed twice', 'remove one'),
     'similar_classes': Kind(
-        'warning', 'class names that differ only in case or spaces', 'if they mean the same class, use one name'
+        'warning', 'class names that differ only in case or spaces', 'merge them if they are equal'
     ),
     'class_without_examples': Kind('warning', 'class without examples', 'cannot be learned or evaluated: add some'),
     'unmatched_object': Kind(
-        'warning',
-        'object without a matching anchor',
-        'trains one anchor only: change config.model.anchors or image.size',
+        'warning', 'object without a matching anchor', 'change config.model.anchors or image.size'
     ),
-    'too_many_objects': Kind(
-        'warning', 'image with more objects than max_boxes', 'the rest is ignored: raise config.dataset.max_boxes'
-    ),
-    'dark_image': Kind(
-        'warning', 'nearly black image with 16-bit values', 'rescale the values to the full range, or save 8 bits'
-    ),
-    'turned_image': Kind(
-        'note', 'image rotated by its EXIF orientation', 'used upright: its boxes must refer to the upright image'
-    ),
+    'too_many_objects': Kind('warning', 'image with more objects than max_boxes', 'raise config.dataset.max_boxes'),
+    'dark_image': Kind('warning', 'nearly black image with 16-bit values', 'rescale the values to the full range'),
+    'turned_image': Kind('note', 'image rotated by its EXIF orientation', 'boxes must refer to the upright image'),
     'image_without_annotations': Kind('note', 'image without an annotation file', 'used as background'),
     'image_without_objects': Kind('note', 'image without objects', 'used as background'),
 }

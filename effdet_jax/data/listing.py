@@ -215,6 +215,11 @@ def category_ids(names: Sequence[str], id_of: Mapping[str, int]) -> list[int]:
     return [id_of.get(name, unused + 1 + label) for label, name in enumerate(names)]
 
 
+def unknown_label(label: str, names: Sequence[str]) -> str:
+    """The detail of an unknown_label fault."""
+    return f'label {shortened(label)} is not among the class names ({", ".join(names)})'
+
+
 def shortened(value: Any, limit: int = 80) -> str:
     """`repr(value)`, cut off after `limit` characters."""
     text = repr(value)

@@ -19,6 +19,7 @@ from effdet_jax.data.listing import (
     parse_integer,
     parse_numbers,
     shortened,
+    unknown_label,
 )
 from effdet_jax.errors import UserError
 
@@ -58,7 +59,7 @@ def read_coco(json_file: Path, folder: Path, class_names: Sequence[str] = ()) ->
             image = images[image_of[image_id]].file
             if (label := label_of[category]) is None:
                 kind = 'unknown_label'
-                raise ValueError(f'label {name_of[category]!r} is not among the class names ({", ".join(names)})')
+                raise ValueError(unknown_label(name_of[category], names))
             objects.append(_object(annotation, image_of[image_id], label, place))
         except (KeyError, TypeError, ValueError) as error:
             number = annotation.get('id', place) if isinstance(annotation, dict) else place

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from effdet_jax.data.checks import Finding
 from effdet_jax.data.files import Folder, Lookup, read_text
-from effdet_jax.data.listing import ImageRow, Listing, ObjectRow, make_listing, parse_numbers, shortened
+from effdet_jax.data.listing import ImageRow, Listing, ObjectRow, make_listing, parse_numbers, shortened, unknown_label
 from effdet_jax.errors import UserError
 
 COLUMNS = ('image', 'xmin', 'ymin', 'xmax', 'ymax', 'label')
@@ -49,8 +49,7 @@ def read_csv(file: Path, class_names: Sequence[str] = ()) -> Listing:
         if label in label_of:
             objects.append(ObjectRow(place_of[image], (ymin, xmin, ymax, xmax), label_of[label], line))
         else:
-            detail = f'label {shortened(label)} is not among the class names ({", ".join(names)})'
-            faults.append(Finding('unknown_label', where, detail, image, label))
+            faults.append(Finding('unknown_label', where, unknown_label(label, names), image, label))
     missing = {lookup.path: lookup for _, lookup, _, _ in rows if lookup.fault}
     faults += [Finding(lookup.fault, path, lookup.detail, path) for path, lookup in missing.items()]
     return make_listing(names, range(1, len(names) + 1), images, objects, faults)

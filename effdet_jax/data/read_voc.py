@@ -7,15 +7,7 @@ from typing import NamedTuple
 from xml.parsers import expat
 
 from effdet_jax.data.checks import Finding
-from effdet_jax.data.files import (
-    Folder,
-    Lookup,
-    files_below,
-    leaves_folder,
-    name_key,
-    read_bytes,
-    read_text,
-)
+from effdet_jax.data.files import Folder, Lookup, files_below, leaves_folder, name_key, read_bytes, read_text
 from effdet_jax.data.listing import (
     ImageRow,
     Listing,
@@ -24,6 +16,7 @@ from effdet_jax.data.listing import (
     parse_flag,
     parse_image_size,
     parse_numbers,
+    unknown_label,
 )
 from effdet_jax.errors import UnreadableError, UserError
 from effdet_jax.runtime.paths import IMAGE_SUFFIXES
@@ -74,8 +67,7 @@ def read_voc(root: Path, split: str, class_names: Sequence[str] = ()) -> Listing
             if box.fault:
                 faults.append(Finding('malformed_annotation', file, box.fault, image, box.name))
             elif box.name not in label_of:
-                detail = f'label {box.name!r} is not among the class names ({", ".join(names)})'
-                faults.append(Finding('unknown_label', file, detail, image, box.name))
+                faults.append(Finding('unknown_label', file, unknown_label(box.name, names), image, box.name))
             else:
                 row = ObjectRow(len(images), box.yxyx, label_of[box.name], number, is_difficult=box.is_difficult)
                 objects.append(row)

@@ -41,13 +41,12 @@ class Reader:
                 return where, pixels, annotations
         example = self._source[index]
         image, annotations = example.image, example.annotations
-        if not isinstance(image, bytes):
-            where = place(image.shape[:2])
-            self._keep(index, where, image, False, annotations)
-            return where, image, annotations
-        where = place(transforms.image_size(image, annotations.file_name))
-        pixels = transforms.decode(image, annotations.file_name, reduction=where.reduction)
-        self._keep(index, where, pixels, transforms.is_jpeg(image), annotations)
+        if isinstance(image, bytes):
+            where = place(transforms.image_size(image, annotations.file_name))
+            pixels = transforms.decode(image, annotations.file_name, reduction=where.reduction)
+        else:
+            where, pixels = place(image.shape[:2]), image
+        self._keep(index, where, pixels, isinstance(image, bytes) and transforms.is_jpeg(image), annotations)
         return where, pixels, annotations
 
     def _keep(self, index: int, where: Place, pixels: np.ndarray, reducible: bool, annotations: Annotations) -> None:

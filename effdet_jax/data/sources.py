@@ -134,7 +134,6 @@ class Shapes:
         return shapes.draw(self._indices[index])
 
     def image(self, index: int) -> bytes | np.ndarray:
-        """The image, RGB."""
         return self[index].image
 
     def annotations(self, index: int) -> Annotations:
@@ -142,11 +141,9 @@ class Shapes:
         return self[index].annotations
 
     def listing(self, most: int, track: Track) -> Listing:
-        """Lists at most `most` images."""
         return list_some(self._read, self.class_names, self.category_ids, len(self), most, track)
 
     def fingerprint(self) -> str:
-        """A digest of the range."""
         return digest('shapes', self._indices)
 
     def _read(self, index: int) -> tuple[ImageRow, Annotations]:
@@ -172,22 +169,18 @@ class Concatenated:
         return part[index]
 
     def image(self, index: int) -> bytes | np.ndarray:
-        """The image, as returned by its part."""
         part, index = self._locate(index)
         return part.image(index)
 
     def annotations(self, index: int) -> Annotations:
-        """The annotations, as returned by the part of the image."""
         part, index = self._locate(index)
         return part.annotations(index)
 
     def listing(self, most: int, track: Track) -> Listing:
-        """The listings of all parts."""
         listings = [part.listing(-(-most // len(self._parts)), track) for part in self._parts]
         return join(listings, [len(part) for part in self._parts])
 
     def fingerprint(self) -> str:
-        """A digest of the fingerprints of the parts."""
         return digest([part.fingerprint() for part in self._parts])
 
     def _locate(self, index: int) -> tuple[CheckableSource, int]:

@@ -67,9 +67,7 @@ def check_training(
     unmatched = []
     for k in np.flatnonzero((iou_K < threshold) & ~faults['absurd_box'][numbers_K]):  # report each box once
         height, width = (float(side) for side in boxes_K4[k, 2:] - boxes_K4[k, :2])
-        detail = (
-            f'no anchor matches: {width:.0f}x{height:.0f} pixels at the input, IoU {iou_K[k]:.2f} with its best anchor'
-        )
+        detail = f'{width:.0f}x{height:.0f} pixels at the network input, IoU {iou_K[k]:.2f} with the best anchor'
         values = {'width': round(width, 1), 'height': round(height, 1), 'iou': round(float(iou_K[k]), 3)}
         unmatched.append(_object_finding('unmatched_object', listing, int(numbers_K[k]), detail, values))
     return crowded + unmatched
@@ -233,9 +231,7 @@ def _object_finding(kind: str, listing: Listing, number: int, detail: str, value
     y1, x1, y2, x2 = listing.boxes_yxyx[number].tolist()
     label = listing.class_names[listing.labels[number]]
     file = listing.images[listing.image_of[number]].file
-    return Finding(
-        kind, f'{listing.where(number)} ({label})', detail, file, label, (x1, y1, x2, y2), values or {}
-    )  # fmt: skip
+    return Finding(kind, f'{listing.where(number)} ({label})', detail, file, label, (x1, y1, x2, y2), values or {})
 
 
 def _corners(listing: Listing, number: int) -> str:

@@ -11,7 +11,7 @@ from effdet_jax.configs import coco
 from effdet_jax.data import checks, transforms
 from effdet_jax.data.checks import Finding
 from effdet_jax.data.example import Annotations, Example
-from effdet_jax.data.listing import ImageRow, Listing, Track, category_ids, digest, list_some
+from effdet_jax.data.listing import ImageRow, Listing, Track, category_ids, digest, list_some, unknown_label
 from effdet_jax.errors import UnreadableError, UserError
 
 UNKNOWN_SIZE = (512, 512)  # assumed for a damaged image, because boxes are stored as fractions of the size
@@ -48,7 +48,6 @@ class Tfds:
         return Example(record['image'], checks.clean(annotations, size))
 
     def image(self, index: int) -> bytes | np.ndarray:
-        """The image as stored."""
         return self._records[index]['image']
 
     def annotations(self, index: int) -> Annotations:
@@ -63,7 +62,6 @@ class Tfds:
             return checks.clean(annotations, size)
 
     def listing(self, most: int, track: Track) -> Listing:
-        """Lists at most `most` records."""
         return list_some(self._read, self.class_names, self.category_ids, len(self), most, track)
 
     def fingerprint(self) -> str:
@@ -84,7 +82,7 @@ class Tfds:
 
     def _unknown_label(self, annotations: Annotations, names: Sequence[str]) -> Finding:
         label = names[int(np.argmin(annotations.labels))]
-        detail = f'label {label!r} is not among the class names ({", ".join(self.class_names)})'
+        detail = unknown_label(label, self.class_names)
         return Finding('unknown_label', annotations.file_name, detail, label=label)
 
     def _parse(

@@ -6,7 +6,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from effdet_jax.evaluation.matching import FOREGROUND_IOU, Kind, Matches, match_greedily, overlaps, top_per_class
+from effdet_jax.evaluation.matching import (
+    FOREGROUND_IOU,
+    Kind,
+    Matches,
+    first_of_each,
+    match_greedily,
+    overlaps,
+    top_per_class,
+)
 from effdet_jax.evaluation.types import Detections, GroundTruth, check_pairs
 
 RECALLS = np.linspace(0, 1, 101)
@@ -74,7 +82,7 @@ def error_breakdown(matches: Matches) -> dict[str, Error]:
     errors = {}
     for kind in (Kind.CLASSIFICATION, Kind.LOCALISATION):
         is_error_N = kinds_N == kind
-        is_fixed_N = _first_of_each(objects_N, is_error_N & ~np.isin(objects_N, objects_N[is_hit_N]))
+        is_fixed_N = first_of_each(objects_N, is_error_N & ~np.isin(objects_N, objects_N[is_hit_N]))
         kept_N = is_fixed_N | ~is_error_N
         fixed_N = np.where(is_fixed_N, np.append(matches.object_labels, -1)[objects_N], labels_N)
         after = _mean_ap(fixed_N[kept_N], (is_hit_N | is_fixed_N)[kept_N], objects_K)
@@ -192,12 +200,3 @@ def _mean_ap(labels_N: Int[np.ndarray, 'N'], is_hit_N: Bool[np.ndarray, 'N'], ob
     if not objects_K.any():
         return float('nan')
     return float(_curves(labels_N, is_hit_N, objects_K)[objects_K > 0].mean())
-
-
-def _first_of_each(objects_N: Int[np.ndarray, 'N'], mask_N: Bool[np.ndarray, 'N']) -> Bool[np.ndarray, 'N']:
-    """True for the first detection of each object among those in `mask_N`."""
-    positions = np.flatnonzero(mask_N)
-    _, first = np.unique(objects_N[positions], return_index=True)
-    is_first_N = np.zeros(len(objects_N), bool)
-    is_first_N[positions[first]] = True
-    return is_first_N

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from effdet_jax.evaluation.types import Detections, GroundTruth, check_pairs
 
@@ -128,6 +128,15 @@ def top_per_class(detections: Detections) -> Detections:
         rank_N[of_class] = np.arange(len(of_class))
     kept = order_N[rank_N < MAX_DETECTIONS]
     return Detections(detections.boxes_xyxy[kept], detections.scores[kept], detections.labels[kept])
+
+
+def first_of_each(objects_N: Int[np.ndarray, 'N'], mask_N: Bool[np.ndarray, 'N']) -> Bool[np.ndarray, 'N']:
+    """True for the first detection of each object among those in `mask_N`."""
+    positions = np.flatnonzero(mask_N)
+    _, first = np.unique(objects_N[positions], return_index=True)
+    is_first_N = np.zeros(len(objects_N), bool)
+    is_first_N[positions[first]] = True
+    return is_first_N
 
 
 def _match_image(truth: GroundTruth, predicted: Detections, counted_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
+from effdet_jax.evaluation.matching import first_of_each, overlaps
 from effdet_jax.evaluation.types import Detections, GroundTruth, check_pairs
 
 MIN_IOU = 0.5
+CORNER_PIXELS = (0.0, 0.0, 1.0, 1.0)  # added to xyxy boxes: those of VOC include both corner pixels
 
 
 def voc_metrics(
@@ -40,8 +42,8 @@ def voc_metrics(
 
     order_N = np.argsort(-scores_N, kind='stable')
     labels_N, objects_N = labels_N[order_N], objects_N[order_N]
-    is_hit_N = _is_first(objects_N)
-    counts_N = (objects_N < 0) | ~_take(ignored_M, objects_N)
+    is_hit_N = first_of_each(objects_N, objects_N >= 0)
+    counts_N = ~np.append(ignored_M, False)[objects_N]  # index -1: a false positive, which counts
 
     averages = {'VOC07_AP50': eleven_point_average, 'VOC_AP50': area_average}
     per_class: dict[str, dict[str, float]] = {kind: {} for kind in averages}
@@ -81,7 +83,8 @@ def _assign(ground_truth: Sequence[GroundTruth], detections: Sequence[Detections
     objects, first_object = [], 0
     for truth, predicted in zip(ground_truth, detections, strict=True):
         if len(truth.labels):
-            iou_NM = _iou(predicted.boxes_xyxy.astype(np.float64), truth.boxes_xyxy.astype(np.float64))
+            boxes = (image.boxes_xyxy.astype(np.float64) + CORNER_PIXELS for image in (predicted, truth))
+            iou_NM, _ = overlaps(*boxes)
             iou_NM = np.where(predicted.labels[:, None] == truth.labels[None, :], iou_NM, 0.0)
             best_N = iou_NM.argmax(axis=1)
             objects.append(np.where(iou_NM.max(axis=1) >= MIN_IOU, best_N + first_object, -1))
@@ -89,31 +92,6 @@ def _assign(ground_truth: Sequence[GroundTruth], detections: Sequence[Detections
             objects.append(np.full(len(predicted.labels), -1))
         first_object += len(truth.labels)
     return np.concatenate(objects)
-
-
-def _iou(boxes_N4: Float[np.ndarray, 'N 4'], boxes_M4: Float[np.ndarray, 'M 4']) -> Float[np.ndarray, 'N M']:
-    """IoU of xyxy boxes that include both corner pixels."""
-    low_NM2 = np.maximum(boxes_N4[:, None, :2], boxes_M4[None, :, :2])
-    high_NM2 = np.minimum(boxes_N4[:, None, 2:], boxes_M4[None, :, 2:])
-    intersection_NM = np.maximum(high_NM2 - low_NM2 + 1, 0).prod(axis=2)
-    return intersection_NM / (_area(boxes_N4)[:, None] + _area(boxes_M4)[None, :] - intersection_NM)
-
-
-def _area(boxes_N4: Float[np.ndarray, 'N 4']) -> Float[np.ndarray, 'N']:
-    return np.maximum(boxes_N4[:, 2:] - boxes_N4[:, :2] + 1, 0).prod(axis=1)
-
-
-def _is_first(objects_N: Int[np.ndarray, 'N']) -> Bool[np.ndarray, 'N']:
-    """True for the first occurrence of each object, False for -1."""
-    _, first = np.unique(objects_N, return_index=True)
-    is_first_N = np.zeros(len(objects_N), bool)
-    is_first_N[first] = True
-    return is_first_N & (objects_N >= 0)
-
-
-def _take(values_M: Bool[np.ndarray, 'M'], indices_N: Int[np.ndarray, 'N']) -> Bool[np.ndarray, 'N']:
-    """values_M[indices_N], or False for the index -1."""
-    return np.append(values_M, False)[indices_N]
 
 
 def _mean(values) -> float:

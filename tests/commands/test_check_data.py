@@ -191,8 +191,8 @@ def test_classes_that_differ_only_in_case_or_blanks(csv_files):
     rows = [f'a.png,5,5,{x},25,{name}' for x, name in enumerate(('Cup', 'cup', 'tea cup', 'tea_cup', 'pen'), start=20)]
     found = inspection.inspect(config(csv_files('train', *rows), eval_split=csv_files('eval', *rows)))
     assert [f.message for f in found.of_kind('similar_classes')['train']] == [
-        "class 'cup': there is also 'Cup': if they mean the same class, use one name",
-        "class 'tea_cup': there is also 'tea cup': if they mean the same class, use one name",
+        "class 'cup': there is also 'Cup': merge them if they are equal",
+        "class 'tea_cup': there is also 'tea cup': merge them if they are equal",
     ]
 
 

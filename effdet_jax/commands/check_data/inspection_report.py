@@ -53,12 +53,8 @@ def to_json(inspection: Inspection) -> dict[str, Any]:
     fit = inspection.fit
     return {
         'splits': {
-            split: {
-                'images': len(listing.images),
-                'objects': len(listing.labels),
-                'crowds': int(listing.is_crowd.sum()),
-            }
-            for split, listing in inspection.listings.items()
+            split: {'images': len(x.images), 'objects': len(x.labels), 'crowds': int(x.is_crowd.sum())}
+            for split, x in inspection.listings.items()
         },
         'counts': {split: dict(Counter(f.kind for f in findings)) for split, findings in inspection.findings.items()},
         'classes': [dict(zip(('name', *SPLITS), row, strict=True)) for row in inspection.classes],

@@ -130,34 +130,35 @@ def _network(config: Any, model: EfficientDet) -> str:
 
 
 def _time(config: Any, seconds: float, measured: int, batch_size: int, source: data.CheckableSource | None) -> str:
+    t, c = config.train, config.dataset
     speeds = [(f'training step on {devices.describe_devices()}, random data', seconds)]
     notes = ['Start-up and evaluations take additional time.']
     if measured < batch_size:
         notes.append(f'The step was measured with {measured} images, the most that fit, and scaled up.')
-    if config.train.freeze and config.train.unfreeze_epoch is not None:
-        notes.append(f'Steps are faster before epoch {config.train.unfreeze_epoch:g}, while some layers are frozen.')
-    if source is None:
-        rows = [(what, f'{s:.3g}', f'{config.train.batch_size / s:.1f}') for what, s in speeds]
-        return '\n\n'.join([table(('what', 'seconds per step', 'images/s'), rows, 'Time\n'), ' '.join(notes)])
-    with stage('measuring the input'):
-        input_seconds = batch_size / data.batch_rate(
-            source, image_size=tuple(config.image.size), scale_range=tuple(config.augment.scale),
-            threads=config.dataset.threads, batch_size=min(batch_size, INPUT_BATCH), seconds=SECONDS_OF_INPUT,
-        )  # fmt: skip
-    speeds.append((f'input pipeline with {config.dataset.threads} threads', input_seconds))
-    if jax.default_backend() == 'cpu':
-        notes.append('On a CPU both share the cores, so a step can take up to the sum of both.')
-    elif input_seconds > seconds:
-        notes.append('The device waits for data: raise config.dataset.threads if the CPU has idle cores.')
-    speeds.append(('slower of the two', max(seconds, input_seconds)))
-    steps_per_epoch = max(len(source) // config.train.batch_size, 1)
+    if t.freeze and t.unfreeze_epoch is not None:
+        notes.append(f'Steps are faster before epoch {t.unfreeze_epoch:g}, while some layers are frozen.')
+    header, title, step_counts = ['what', 'seconds per step', 'images/s'], 'Time\n', []
+    if source:
+        with stage('measuring the input'):
+            rate = data.batch_rate(
+                source, image_size=tuple(config.image.size), scale_range=tuple(config.augment.scale),
+                threads=c.threads, batch_size=min(batch_size, INPUT_BATCH), seconds=SECONDS_OF_INPUT,
+            )  # fmt: skip
+        input_seconds = batch_size / rate
+        speeds.append((f'input pipeline with {c.threads} threads', input_seconds))
+        speeds.append(('slower of the two', max(seconds, input_seconds)))
+        if jax.default_backend() == 'cpu':
+            notes.append('On a CPU both share the cores, so a step can take up to the sum of both.')
+        elif input_seconds > seconds:
+            notes.append('The device waits for data: raise config.dataset.threads if the CPU has idle cores.')
+        steps = max(len(source) // t.batch_size, 1)
+        header += ['one epoch', f'all {t.epochs:g} epochs']
+        title = f'Time: {len(source):,} images, {steps:,} steps of {t.batch_size} per epoch\n'
+        step_counts = [steps, steps * t.epochs]
     rows = [
-        (what, f'{s:.3g}', f'{config.train.batch_size / s:.1f}', _duration(s * steps_per_epoch),
-         _duration(s * steps_per_epoch * config.train.epochs))
+        (what, f'{s:.3g}', f'{t.batch_size / s:.1f}', *(_duration(s * count) for count in step_counts))
         for what, s in speeds
-    ]  # fmt: skip
-    header = ('what', 'seconds per step', 'images/s', 'one epoch', f'all {config.train.epochs:g} epochs')
-    title = f'Time: {len(source):,} images, {steps_per_epoch:,} steps of {config.train.batch_size} per epoch\n'
+    ]
     return '\n\n'.join([table(header, rows, title), ' '.join(notes)])
 
 
