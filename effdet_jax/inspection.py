@@ -97,16 +97,16 @@ def inspect_sources(
     sources: dict[str, data.CheckableSource],
     findings: dict[str, list[Finding]],
     images: bool = False,
-    most: int = ALL,
+    max_images: int = ALL,
 ) -> Inspection:
     """Inspects open splits, {'train': ..., 'eval': ...}, as in `inspect`. Appends to `findings`.
 
-    `most` limits the images listed per split for sources that have to read or render each of them.
+    `max_images` limits the images listed per split for sources that have to read or render each of them.
     """
     listings: dict[str, data.Listing] = {}
     digests: dict[str, str] = {}
     for split, source in sources.items():
-        listing = source.listing(most, track if most == ALL else lambda items, total, description: items)
+        listing = source.listing(max_images, track if max_images == ALL else lambda items, total, description: items)
         if images:
             image_findings, listing, hashes = survey.check_images(source, listing, track)
             findings[split] += image_findings
@@ -120,7 +120,7 @@ def inspect_sources(
         threshold, size = config.loss.match_threshold, tuple(config.image.size)
         limits = (config.dataset.max_boxes, size, best_ious(config), threshold)
         findings['train'] += survey.check_training(listings['train'], *limits)
-        if most == ALL:
+        if max_images == ALL:
             fit = anchor_fit(config, listings['train'])
     return Inspection(findings, sources, listings, _classes(listings), fit)
 
@@ -131,7 +131,7 @@ def check_sources(config: Any, sources: dict[str, data.CheckableSource]) -> None
     Raises:
       UserError: if a split has no usable objects.
     """
-    inspection = inspect_sources(config, sources, {split: [] for split in SPLITS}, most=SAMPLE)
+    inspection = inspect_sources(config, sources, {split: [] for split in SPLITS}, max_images=SAMPLE)
     for line in summary(inspection):
         result(f'data: {line}')
     if unusable := [f for findings in inspection.of_kind('no_objects').values() for f in findings]:

@@ -54,7 +54,7 @@ class AnnotatedFiles:
                 return self[index].annotations
         return self._objects_of(index)
 
-    def listing(self, most: int, track: Track) -> Listing:
+    def listing(self, max_images: int, track: Track) -> Listing:
         return self._listing
 
     def fingerprint(self) -> str:

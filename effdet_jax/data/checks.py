@@ -36,9 +36,7 @@ KINDS: dict[str, Kind] = {
     'missing_image': Kind('error', 'missing image file', 'add the file, or remove it from the annotations'),
     'unreadable_image': Kind('error', 'image that cannot be decoded', 'replace or remove the file'),
     'another_size': Kind('error', 'image size differs from the annotations', 'fix the annotated size or the image'),
-    'image_in_both_splits': Kind(
-        'error', 'image in both splits', 'remove it from one of them, or the metrics will be too high'
-    ),
+    'image_in_both_splits': Kind('error', 'image in both splits', 'remove it from one: it inflates the metrics'),
     'unknown_label': Kind('error', 'unknown class label', 'fix it, or add it to config.dataset.class_names'),
     'no_objects': Kind('error', 'split without usable objects', 'check the files and coordinates'),
     'inverted_box': Kind('error', 'box with swapped corners', 'dropped in training: swap the corners'),
@@ -48,9 +46,7 @@ KINDS: dict[str, Kind] = {
     'box_reaching_outside': Kind('warning', 'box partly outside the image', 'clipped in training'),
     'duplicate_box': Kind('warning', 'object annotated twice', 'kept in training: remove one'),
     'image_listed_twice': Kind('warning', 'image listed twice', 'remove one'),
-    'similar_classes': Kind(
-        'warning', 'class names that differ only in case or spaces', 'merge them if they are equal'
-    ),
+    'similar_classes': Kind('warning', 'class names that differ only in case or spaces', 'use one name for one class'),
     'class_without_examples': Kind('warning', 'class without examples', 'cannot be learned or evaluated: add some'),
     'unmatched_object': Kind(
         'warning', 'object without a matching anchor', 'change config.model.anchors or image.size'

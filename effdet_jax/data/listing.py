@@ -115,15 +115,15 @@ def list_some(
     class_names: Sequence[str],
     category_ids: Sequence[int],
     total: int,
-    most: int,
+    max_images: int,
     track: Track,
 ) -> Listing:
-    """Lists up to `most` evenly spaced images of a source that has to read or render each of them."""
+    """Lists up to `max_images` evenly spaced images of a source that has to read or render each of them."""
     images: list[ImageRow] = []
     objects: list[ObjectRow] = []
     faults: list[Finding] = []
     read_indices: list[int] = []
-    indices = range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
+    indices = range(total) if total <= max_images else np.linspace(0, total - 1, max_images).astype(int).tolist()
     for index in track(indices, len(indices), 'reading annotations'):
         item = read(index)
         if isinstance(item, Finding):

@@ -208,7 +208,7 @@ def _read_or_replace(
 
 
 def load(source: Source, index: int) -> tuple[UInt8[np.ndarray, 'H W 3'], Annotations]:
-    """(RGB, annotations) of one image. Raises UnreadableError if it cannot be read or has not the annotated size."""
+    """(RGB, annotations) of one image. Raises UnreadableError if it is unreadable or not of the annotated size."""
     example = source[index]
     if isinstance(example.image, bytes):
         return transforms.decode(example.image, example.annotations.file_name), example.annotations

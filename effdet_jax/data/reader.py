@@ -31,7 +31,7 @@ class Reader:
     def read(self, index: int, place: Callable[[tuple[int, int]], Place]) -> tuple[Place, np.ndarray, Annotations]:
         """(place, uint8 [h, w, 3] decoded for it, annotations); `place` maps the size of the image to its place.
 
-        Raises UnreadableError if the image cannot be read or has not the annotated size.
+        Raises UnreadableError if the image cannot be read or does not have the annotated size.
         """
         if index in self._info:
             size, reducible, annotations = self._info[index]

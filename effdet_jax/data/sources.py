@@ -64,8 +64,8 @@ class CheckableSource(Source, Protocol):
         """One image, encoded and unchecked, or RGB."""
         ...
 
-    def listing(self, most: int, track: Track) -> Listing:
-        """All annotations, uncleaned. Samples about `most` images if it has to read or render each of them."""
+    def listing(self, max_images: int, track: Track) -> Listing:
+        """All annotations, uncleaned. Samples about `max_images` images if it has to read or render each of them."""
         ...
 
     def fingerprint(self) -> str:
@@ -140,8 +140,8 @@ class Shapes:
         """Takes as long as drawing the image, because visibility is known only then."""
         return self[index].annotations
 
-    def listing(self, most: int, track: Track) -> Listing:
-        return list_some(self._read, self.class_names, self.category_ids, len(self), most, track)
+    def listing(self, max_images: int, track: Track) -> Listing:
+        return list_some(self._read, self.class_names, self.category_ids, len(self), max_images, track)
 
     def fingerprint(self) -> str:
         return digest('shapes', self._indices)
@@ -176,8 +176,8 @@ class Concatenated:
         part, index = self._locate(index)
         return part.annotations(index)
 
-    def listing(self, most: int, track: Track) -> Listing:
-        listings = [part.listing(-(-most // len(self._parts)), track) for part in self._parts]
+    def listing(self, max_images: int, track: Track) -> Listing:
+        listings = [part.listing(-(-max_images // len(self._parts)), track) for part in self._parts]
         return join(listings, [len(part) for part in self._parts])
 
     def fingerprint(self) -> str:

@@ -61,8 +61,8 @@ class Tfds:
             annotations, size, _ = self._parse(self._records[index], index, UNKNOWN_SIZE)
             return checks.clean(annotations, size)
 
-    def listing(self, most: int, track: Track) -> Listing:
-        return list_some(self._read, self.class_names, self.category_ids, len(self), most, track)
+    def listing(self, max_images: int, track: Track) -> Listing:
+        return list_some(self._read, self.class_names, self.category_ids, len(self), max_images, track)
 
     def fingerprint(self) -> str:
         """A digest of name, version and split, because a version never changes."""

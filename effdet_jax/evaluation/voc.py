@@ -18,8 +18,8 @@ def voc_metrics(
     """`VOC07_AP50` (11-point average, VOC 2007), `VOC_AP50` (area, since VOC 2010), and both for each class.
 
     Each detection is assigned to the object of its class and image with the largest IoU. If that is at least 0.5, the
-    detection with the highest score is a true positive, and all others of the object are false positives. Detections of
-    difficult objects are ignored, as are those of crowds, which VOC does not have. All others are false positives.
+    detection with the highest score is a true positive, and all others of the object are false positives. Detections
+    assigned to difficult objects or to crowds, which VOC does not have, are ignored. All others are false positives.
 
     Boxes include both corner pixels, so a width is `x2 - x1 + 1`. They must not be widened when read; shifting all of
     them by a pixel changes nothing.

@@ -165,7 +165,7 @@ def test_drawn_pictures_have_no_faults_and_a_sample_says_nothing_of_classes():
     found = inspection.inspect(c)
     assert [f.image for f in found.findings['eval'] if f.kind == 'image_in_both_splits'] == ['shapes, image 299']
     sources = {split: data.open_source('shapes', '0:300') for split in ('train', 'eval')}
-    sample = inspection.inspect_sources(c, sources, {'train': [], 'eval': []}, most=3)
+    sample = inspection.inspect_sources(c, sources, {'train': [], 'eval': []}, max_images=3)
     assert [row.file for row in sample.listings['train'].images] == [f'shapes, image {i}' for i in (0, 149, 299)]
     assert sample.listings['train'].sampled and 'class_without_examples' not in kinds(sample)['train']
 
@@ -191,8 +191,8 @@ def test_classes_that_differ_only_in_case_or_blanks(csv_files):
     rows = [f'a.png,5,5,{x},25,{name}' for x, name in enumerate(('Cup', 'cup', 'tea cup', 'tea_cup', 'pen'), start=20)]
     found = inspection.inspect(config(csv_files('train', *rows), eval_split=csv_files('eval', *rows)))
     assert [f.message for f in found.of_kind('similar_classes')['train']] == [
-        "class 'cup': there is also 'Cup': merge them if they are equal",
-        "class 'tea_cup': there is also 'tea cup': merge them if they are equal",
+        "class 'cup': there is also 'Cup': use one name for one class",
+        "class 'tea_cup': there is also 'tea cup': use one name for one class",
     ]
 
 

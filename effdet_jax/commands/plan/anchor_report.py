@@ -40,7 +40,8 @@ def sections(config: Any, listing: data.Listing, fit: bool) -> Iterator[str]:
         f'no anchor reaches IoU {threshold:g} (config.loss.match_threshold), so only the best anchor is trained.'
     )
     if not fit:
-        advice = (current := inspection.anchor_fit(config, listing)) and current.advice
+        report = inspection.anchor_fit(config, listing)
+        advice = report and report.advice
         yield f'Advice: {advice}; --fit also tries ratios.' if advice else 'No other anchor scale is much better.'
         return
     best = propose(config, boxes_K4)

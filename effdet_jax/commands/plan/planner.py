@@ -105,7 +105,7 @@ def draw_feature_network(config: Any, path: Path) -> None:
 
 
 def feature_network_cost(config: Any) -> Cost:
-    """The cost of the feature network, including the projections of its inputs."""
+    """The cost of the feature network, including the projection that makes P6."""
     parts = cost_of_parts(build_model(config.model, CLASSES_WITHOUT_DATA), tuple(config.image.size))
     costs = [cost for part, cost in parts.items() if part == 'fpn' or part.startswith('resample_')]
     return Cost(sum(cost.parameters for cost in costs), sum(cost.macs for cost in costs))
@@ -138,7 +138,7 @@ def _time(config: Any, seconds: float, measured: int, batch_size: int, source: d
     if t.freeze and t.unfreeze_epoch is not None:
         notes.append(f'Steps are faster before epoch {t.unfreeze_epoch:g}, while some layers are frozen.')
     header, title, step_counts = ['what', 'seconds per step', 'images/s'], 'Time\n', []
-    if source:
+    if source is not None:
         with stage('measuring the input'):
             rate = data.batch_rate(
                 source, image_size=tuple(config.image.size), scale_range=tuple(config.augment.scale),
