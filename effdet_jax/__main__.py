@@ -1,4 +1,4 @@
-"""effdet COMMAND FLAGS..., or the same as python -m effdet_jax COMMAND FLAGS..."""
+"""effdet COMMAND FLAGS..., the same as python -m effdet_jax COMMAND FLAGS..."""
 
 import runpy
 import sys
@@ -8,7 +8,7 @@ from effdet_jax.commands import cli
 
 
 def main() -> None:
-    """The console script `effdet`: replaces itself by the command that its first argument names."""
+    """The console script `effdet`: runs the command that its first argument names."""
     _, *words = sys.argv
     name, *arguments = words or ['--help']
     if name in ('--help', '-h', 'help'):
@@ -26,7 +26,7 @@ def main() -> None:
 def _overview() -> str:
     width = max(map(len, cli.COMMANDS)) + 2
     rows = [f'  {name:<{width}}{command.summary}' for name, command in cli.COMMANDS.items()]
-    return '\n'.join(['effdet COMMAND FLAGS...', '', *rows, '', '`effdet COMMAND --help` explains one.'])
+    return '\n'.join(['effdet COMMAND FLAGS...', '', *rows, '', '`effdet COMMAND --help` explains a command.'])
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""From an evaluation to report.html: analysis, charts and pictures, put into words for the template."""
+"""Builds report.html from an evaluation: analysis, charts and pictures for the template."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from effdet_jax.errors import UnreadableError
 from effdet_jax.evaluate import Found, to_ground_truth_xyxy
 from effdet_jax.evaluation import Detections, GroundTruth, analysis, coco_by_size
 from effdet_jax.evaluation.matching import Kind, Matches, match
-from effdet_jax.records import charts, pictures, report
+from effdet_jax.records import charts, page, pictures
 from effdet_jax.records.charts import SERIES, Line
 from effdet_jax.records.console import info
 from effdet_jax.records.files import write_atomically
@@ -27,19 +27,22 @@ from effdet_jax.records.sessions import read_sessions
 from effdet_jax.runtime import devices
 
 FILE = 'report.html'
-NUM_PICTURES = 4  # of the worst, and of the best images
+NUM_PICTURES = 4  # number of best and of worst images
 PICTURE_SIDE = 640  # pixels of the longer side
-MAX_COLORED_CLASSES = len(SERIES)  # of more, only the mean has a colour
+MAX_COLORED_CLASSES = len(SERIES)  # with more classes, only the mean is coloured
 
 
 def write_report(
     config: Any, workdir: Path, out: Path, source: data.Source, step: int, metrics: dict[str, float], found: Found
 ) -> None:
-    """Writes the page about one evaluation to `out`, whole or not at all.
+    """Writes the page about one evaluation to `out`, atomically.
 
     Args:
-        config: what was evaluated. workdir: of the run, for its log and its sessions.
-        source, metrics, found: the evaluation split and `evaluate.make_evaluate`'s results on it, of weights at `step`.
+        config: the config of the run.
+        workdir: its work directory, for the log and the sessions.
+        source: the evaluation split.
+        step: the training step of the evaluated weights.
+        metrics, found: the results of `evaluate.make_evaluate`.
     """
     names = source.class_names
     truths = [to_ground_truth_xyxy(image.annotations) for image in found.values()]
@@ -68,18 +71,18 @@ def write_report(
         'unreadable': [image.error for image in found.values() if image.error],
         'machine': _machine(workdir, config),
     }  # fmt: skip
-    write_atomically(out, report.render(content).encode())
+    write_atomically(out, page.render(content).encode())
 
 
 def write_after_training(
     config: Any, workdir: Path, source: data.Source, step: int, metrics: dict[str, float], found: Found
 ) -> None:
-    """The report of the last evaluation. A finished run does not fail for the sake of its report: a line says why."""
+    """Writes the report of the last evaluation. If that fails, it prints a note: a finished run must not fail here."""
     try:
         write_report(config, workdir, workdir / FILE, source, step, metrics, found)
     except Exception as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        info(f'note: no {FILE} ({reason}); python -m effdet_jax report --workdir={workdir} tries again')
+        info(f'note: {FILE} could not be written ({reason}); try python -m effdet_jax report --workdir={workdir}')
 
 
 def _split(config: Any) -> str:
@@ -88,15 +91,15 @@ def _split(config: Any) -> str:
 
 
 def _config(config: Any) -> dict[str, Any]:
-    """What differs from the defaults of the family's member, and everything."""
-    usual = default.get_config(config.name if config.name in SCALES else 'd0')
-    told_elsewhere = ('dataset.class_names', 'dataset.category_ids', 'name')
-    different = [row for row in run_config.differences(config, usual) if row[0] not in told_elsewhere]
+    """The whole config, and the keys that differ from the defaults of this model."""
+    defaults = default.get_config(config.name if config.name in SCALES else 'd0')
+    shown_elsewhere = ('dataset.class_names', 'dataset.category_ids', 'name')
+    different = [row for row in run_config.differences(config, defaults) if row[0] not in shown_elsewhere]
     return {'differences': different, 'all': sorted(run_config.flatten(run_config.to_json(config)))}
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, Markup]:
-    """{title: chart}, of what the log holds."""
+    """{title: chart} for the metrics in the log."""
     panels = {
         'Training loss': [('train/loss', 'loss', 5), ('train/class_loss', 'class', 6)],
         'Average precision': [('eval/AP50', 'AP50', 5), ('eval/AP75', 'AP75', 2), ('eval/AP', 'AP', 6)],
@@ -137,14 +140,14 @@ def _precision_recall(matches: Matches, names: Sequence[str], best: analysis.Ope
             y_range=y_range, legend='lower left',
         ),
         'trade': charts.line_chart(
-            'scores', _over_score(matches), x_label='score from which detections count', x_range=x_range,
+            'scores', _over_score(matches), x_label='minimum score', x_range=x_range,
             y_range=y_range, legend='best', mark_x=best.score,
         ),
     }  # fmt: skip
 
 
 def _precision_over_recall(matches: Matches, names: Sequence[str]) -> list[Line]:
-    """A line for each class; where there are too many to tell apart, one more for their mean."""
+    """A line for each class; if there are more classes than colours, they are faint, with a coloured mean."""
     curves_K101 = analysis.precision_recall(matches)
     present = np.flatnonzero(~np.isnan(curves_K101).any(axis=1)).tolist()
 
@@ -164,7 +167,7 @@ def _over_score(matches: Matches) -> list[Line]:
     scores, is_hit_N = np.linspace(0, 1, 101), matches.kinds == Kind.HIT
     points = [analysis.at_score(matches.scores, is_hit_N, len(matches.object_labels), score) for score in scores]
     precision, recall, f1 = np.array([(p.precision, p.recall, p.f1) for p in points]).T
-    precision[scores > matches.scores.max(initial=0.0)] = np.nan  # nothing detected has none
+    precision[scores > matches.scores.max(initial=0.0)] = np.nan  # undefined without detections
     return [
         Line('precision', scores, precision),
         Line('recall', scores, recall, SERIES[2]),
@@ -173,7 +176,7 @@ def _over_score(matches: Matches) -> list[Line]:
 
 
 def _confusion(matrix: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Rows of (name, [(count, share of the row)]); the last row, background, has shares of the columns instead."""
+    """Rows of (name, [(count, share of the row)]). The last row, background, has shares of the columns instead."""
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     shares[-1] = matrix[-1] / np.maximum(matrix.sum(axis=0), 1)
     labels = [*names, 'background']
@@ -185,7 +188,7 @@ def _confusion(matrix: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _errors(matches: Matches, min_score: float) -> dict[str, dict[str, float]]:
-    """Each kind's count, the count where scores are high enough, AP gained, and that as a share of the largest gain."""
+    """For each kind of error: count, count above `min_score`, AP gained, and its share of the largest gain."""
     shown_N = matches.scores >= min_score
     fields = ('scores', 'labels', 'images', 'kinds', 'objects')
     shown = dataclasses.replace(matches, **{field: getattr(matches, field)[shown_N] for field in fields})
@@ -206,7 +209,7 @@ def _calibration(matches: Matches, min_score: float) -> dict[str, Any]:
 
 
 def _images(source: data.Source, found: Found, matches: Matches, min_score: float) -> dict[str, list[dict[str, Any]]]:
-    """The worst ones, worst first, and the best ones, best first; none is both."""
+    """The worst images, worst first, and the best, best first. No image is in both lists."""
     ranked = analysis.rank_images(matches, min_score)
     worst = ranked[: min(NUM_PICTURES, (len(ranked) + 1) // 2)]
     best = ranked[len(worst) :][: -NUM_PICTURES - 1 : -1]
@@ -219,12 +222,12 @@ def _images(source: data.Source, found: Found, matches: Matches, min_score: floa
 
 
 def _pictures(source: data.Source, index: int, found: Found, min_score: float) -> dict[str, Any]:
-    """`truth` and `detections` as pictures, or the `error` for which there are none."""
+    """`truth` and `detections` as pictures, or the `error` of an image that cannot be read."""
     annotations, detections, error = found[index]
     name = Path(annotations.file_name).name or str(annotations.image_id)
     try:
         pixels, _ = data.load(source, index)
-    except UnreadableError as reason:  # it may have been readable when it was evaluated
+    except UnreadableError as reason:  # it may have changed since the evaluation
         return {'name': name, 'error': error or str(reason)}
     factor = min(PICTURE_SIDE / max(pixels.shape[:2]), 1.0)
     if factor < 1:
@@ -242,11 +245,11 @@ def _pictures(source: data.Source, index: int, found: Found, min_score: float) -
 def _draw(pixels: np.ndarray, boxes: GroundTruth | Detections, names: Sequence[str], factor: float) -> str:
     scores = boxes.scores if isinstance(boxes, Detections) else None
     scaled = (boxes.boxes_xyxy * factor).astype(np.float32)
-    return report.jpeg_data_uri(pictures.draw_boxes(pixels, scaled, boxes.labels, names, scores))
+    return page.jpeg_data_uri(pictures.draw_boxes(pixels, scaled, boxes.labels, names, scores))
 
 
 def _machine(workdir: Path, config: Any) -> dict[str, Any]:
-    """Speed from the log, which leaves compilation out, and what the run's sessions were made on."""
+    """The speed from the log, which excludes compilation, and the machines of all sessions."""
     rows = [row for row in read_metrics(workdir / 'metrics.jsonl') if 'train/images_per_second' in row]
     speeds = np.array([row['train/images_per_second'] for row in rows], float)
     steps = np.diff([0, *(row['step'] for row in rows)])

@@ -137,7 +137,7 @@ def test_a_full_disk_ends_no_run_that_has_a_checkpoint(undisturbed, tmp_path, mo
     for step in (6, 8, 10):
         assert f'WARNING: the checkpoint of step {step} could not be written (' in said
     assert 'training goes on, step 4 is safe, and the next save tries again' in said
-    assert f'WARNING: {tmp_path} takes no log (File too large): training goes on' in said
+    assert f'WARNING: the log in {tmp_path} cannot be written (File too large): training goes on' in said
     assert_same(state_of(tmp_path), state_of(undisturbed))
     assert [row['step'] for row in read_metrics(tmp_path / 'metrics.jsonl') if 'train/loss' in row] == [*range(1, 17)]
 
@@ -146,7 +146,7 @@ def test_a_full_disk_ends_a_run_that_has_no_checkpoint_yet(tmp_path, monkeypatch
     disk = full_disk(10)
     at_step(monkeypatch, 1, disk.__enter__)
     try:
-        with pytest.raises(UserError, match=r'the first checkpoint, of step 2, could not be written .* make room'):
+        with pytest.raises(UserError, match=r'the first checkpoint, of step 2, could not be written .* free up space'):
             train.train_and_evaluate(config(), tmp_path)
     finally:
         disk.__exit__(None, None, None)

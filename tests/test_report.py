@@ -76,7 +76,7 @@ def test_training_ends_with_a_report_of_everything(finished_run, page):
     assert f'step {tiny.STEPS}' in text
     assert '4 x cpu on 1 host' in text
     assert 'optimizer.weight_decay' in text
-    assert not finished_run[2].count('note: no report')
+    assert not finished_run[2].count('note: report.html')
 
 
 def test_nothing_is_fetched(page):
@@ -115,8 +115,8 @@ def test_a_perfect_detector_and_one_that_finds_nothing(take, finished_run, tmp_p
     reporting.write_report(run, tmp_path, tmp_path / 'r.html', source, 1, numbers, found)
     reader = Reader((tmp_path / 'r.html').read_text(encoding='utf-8'))
     text = ' '.join(' '.join(reader.text).split())
-    assert 'The machine that trained it was not recorded' in text
-    assert 'holds no training log' in text
+    assert 'The training machine was not recorded' in text
+    assert 'has no training log' in text
     assert ('F1 1.00' in text) == (take.stop is None)
 
 
@@ -157,7 +157,7 @@ def test_images_that_cannot_be_read_are_named_and_the_report_is_written(finished
 def test_a_report_that_fails_is_a_line_and_leaves_nothing(finished_run, tmp_path):
     with console.terminal.capture() as printed:
         reporting.write_after_training(config.load(finished_run[0]), tmp_path, tiny.ManySizes(1), 1, {}, {})
-    assert printed.get().startswith('note: no report.html (')
+    assert printed.get().startswith('note: report.html could not be written (')
     assert list(tmp_path.iterdir()) == []
 
 

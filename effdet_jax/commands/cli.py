@@ -1,4 +1,4 @@
-"""What all commands share: flags, --help, --quiet, one-line errors, exit codes (0 done, 1 failed, 2 bad usage)."""
+"""Shared by all commands: flags, --help, --quiet, one-line errors, exit codes (0 done, 1 failed, 2 bad usage)."""
 
 import ast
 import functools
@@ -18,17 +18,18 @@ from ml_collections import config_flags
 from effdet_jax.errors import UserError
 from effdet_jax.runtime import paths, process
 
-QUIET = flags.DEFINE_bool('quiet', False, 'say nothing but results, warnings and errors')
-VERBOSE = flags.DEFINE_bool('verbose', False, 'say what is compiled and what libraries log; tracebacks with errors')
+QUIET = flags.DEFINE_bool('quiet', False, 'print only results, warnings and errors')
+VERBOSE = flags.DEFINE_bool('verbose', False, 'also print compilations, library logs, and tracebacks of errors')
 
-CONFIGS = process.CONFIGS.resolve()  # beside the package in a checkout, inside of it where it is installed
+CONFIGS = process.CONFIGS.resolve()  # next to the package in a checkout, inside it once installed
+CONFIG_HELP = 'FILE or FILE:PRESET, e.g. configs/d3.py:voc2007'
 
-# Keys of config.dataset that hold paths behind `voc:`, `coco:` and `csv:`.
+# Keys of config.dataset with a path after `voc:`, `coco:` or `csv:`.
 SOURCE_KEYS = ('source', 'train_split', 'eval_split')
 
 
 class PathParser(flags.ArgumentParser[Path]):
-    """A path of this machine, with `~` expanded; empty ones and addresses are bad usage."""
+    """A local path, with `~` expanded. Empty paths and addresses such as gs://bucket are bad usage."""
 
     def parse(self, argument: str | Path) -> Path:
         if not argument:
@@ -36,24 +37,24 @@ class PathParser(flags.ArgumentParser[Path]):
         return paths.local(argument)
 
 
-SAVED = CONFIGS / 'saved.py'  # the config that is a work directory's own
-PATH = PathParser()  # flags.DEFINE(cli.PATH, 'out', None, 'what it is for')
+SAVED = CONFIGS / 'saved.py'  # loads the config of a work directory
+PATH = PathParser()  # flags.DEFINE(cli.PATH, 'out', None, 'help')
 
 
 class TupleParser(flags.ArgumentParser):
-    """(1, 2), 1,2, or a single value as it is: 512 and cup are (512,) and ('cup',). Nothing at all is ().
+    """Parses '(1, 2)' or '1,2', and single values: '512' is (512,), 'cup' is ('cup',), and '' is ().
 
-    In the place of ml_collections' own, whose flags, given twice, are joined: as with numbers, the last one counts.
+    Replaces the parser of ml_collections, which joins the values of a repeated flag. Here the last value wins.
     """
 
     def parse(self, argument: Any) -> tuple[Any, ...]:
         if isinstance(argument, tuple):
-            return argument  # the config's own
+            return argument  # the default, from the config
         if not argument:
             return ()
         try:
             value = ast.literal_eval(argument)
-        except (ValueError, SyntaxError):  # a word without quotes
+        except (ValueError, SyntaxError):  # a string without quotes
             if ',' in argument:
                 raise
             value = argument
@@ -61,7 +62,7 @@ class TupleParser(flags.ArgumentParser):
 
 
 class FloatParser(flags.FloatParser):
-    """A number, or None where the key may be None."""
+    """A number, or None."""
 
     def convert(self, argument: Any) -> Any:
         return None if argument == 'None' else super().convert(argument)
@@ -72,7 +73,7 @@ config_flags.register_flag_parser_for_type(float, FloatParser())
 
 
 class Command(NamedTuple):
-    """`effdet NAME` runs the module `effdet_jax.MODULE` with these flags and the user's."""
+    """`effdet NAME` runs the module `effdet_jax.MODULE` with `flags` and the user's flags."""
 
     module: str
     summary: str
@@ -80,30 +81,34 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    'train': Command('main', 'train and evaluate what a config describes, or continue where it stands'),
+    'train': Command('main', 'train and evaluate a config, or continue its run'),
     'eval': Command('main', 'evaluate the best checkpoint of a run', ('--mode=eval',)),
-    'predict': Command('commands.predict.command', 'detect in images and videos: pictures and detections.json'),
-    'export': Command('commands.export.command', 'a run as one file of StableHLO, a SavedModel or ONNX'),
-    'report': Command('commands.report', 'one HTML page about a run'),
-    'check-data': Command('commands.check_data.command', 'what is wrong with the data of a config'),
-    'plan': Command('commands.plan.command', 'parameters, memory, largest batch and time, before a run'),
-    'benchmark': Command('commands.benchmark.command', 'how fast a config detects, trains, reads its data and starts'),
+    'predict': Command('commands.predict.command', 'detect objects in images and videos'),
+    'export': Command('commands.export.command', 'export a run to StableHLO, SavedModel or ONNX'),
+    'report': Command('commands.report', 'write an HTML report about a run'),
+    'check-data': Command('commands.check_data.command', 'find errors in the data of a config'),
+    'plan': Command('commands.plan.command', 'estimate parameters, memory, batch size and time before a run'),
+    'benchmark': Command('commands.benchmark.command', 'measure the speed of detection, training, data and start-up'),
     'import-weights': Command(
-        'commands.import_weights.command', 'checkpoints of google/automl, effdet, timm -> a work directory'
+        'commands.import_weights.command', 'convert checkpoints of google/automl, effdet or timm to a work directory'
     ),
-    'completion': Command('commands.completion', 'tab completion of all this for bash and zsh'),
+    'completion': Command('commands.completion', 'print the tab completion for bash or zsh'),
 }
 
 
-def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> None:
-    """Parses the flags, runs `main` on the rest, and turns what the user can mend into one line and an exit code."""
-    process.use_huge_pages()  # at once, since it starts the command once more
-    app.run(functools.partial(_main, main), flags_parser=functools.partial(_parse, required=required))
+def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = (), *, positional: bool = False) -> None:
+    """Parses the flags and runs `main` with the other arguments; a UserError becomes one line and an exit code.
+
+    `required`: names of flags that must be given. `positional`: whether the command takes arguments that are no flags.
+    """
+    process.use_huge_pages()  # first, because it starts the command again
+    parse = functools.partial(_parse, required=required, positional=positional)
+    app.run(functools.partial(_main, main), flags_parser=parse)
 
 
 def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
     process.prepare()
-    _set_loudness()
+    _set_verbosity()
     try:
         main(arguments[1:])
     except (app.UsageError, UserError) as error:
@@ -112,18 +117,18 @@ def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> No
         fail(str(error), 2 if isinstance(error, app.UsageError) else 1)
 
 
-def _set_loudness() -> None:
+def _set_verbosity() -> None:
     if QUIET.value:
-        from effdet_jax.records import console  # only now: it takes half a second to load
+        from effdet_jax.records import console  # imported late: it takes half a second
 
         console.quiet = True
-    # Orbax reports every file; what matters to the user we print ourselves.
+    # Orbax logs every file; we print what matters ourselves.
     logging.set_verbosity(logging.INFO if VERBOSE.value else logging.FATAL)
     if VERBOSE.value:
         os.environ.setdefault('JAX_LOG_COMPILES', '1')  # read when jax is imported, which no command has done yet
 
 
-def _parse(argv: Sequence[str], required: Sequence[str]) -> Sequence[str]:
+def _parse(argv: Sequence[str], required: Sequence[str], positional: bool) -> Sequence[str]:
     if any(argument == '-h' or argument.startswith(('--help', '-help')) for argument in argv):
         print(_help(sys.modules['__main__'].__doc__ or '', argv[0], required))
         sys.exit(0)
@@ -131,46 +136,48 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> Sequence[str]:
         rest = flags.FLAGS(_with_config(list(argv)))
         config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
         if config is not None:
-            from effdet_jax.config import check  # only now: where nothing can run, `problem` says why
+            from effdet_jax.config import check  # imported late: `_problem` below must come first
 
             check(config)
         _check_paths(config)
     except UserError as error:
         fail(str(error), 2)
-    # A config file is run while the flags are parsed, and an override may name a key that does not exist.
+    # Parsing runs the config file, which may raise anything, and an override may name a key that does not exist.
     except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         fail(_reason(error), 2)
+    if rest[1:] and not positional:
+        fail(f'unexpected {" ".join(rest[1:])}: this command takes only flags, such as --name=value; see --help', 2)
     if missing := [f'--{name}' for name in required if not flags.FLAGS[name].value]:
-        fail(f'{" and ".join(missing)} missing; --help explains', 2)
+        fail(f'missing {" and ".join(missing)}; see --help', 2)
     if QUIET.value and VERBOSE.value:
-        fail('--quiet and --verbose exclude each other: leave one away', 2)
+        fail('--quiet and --verbose contradict each other: give only one of them', 2)
     return rest
 
 
 def _reason(error: Exception) -> str:
-    """What to tell the user of an error of the flags, or of the config file."""
+    """The message for an error in the flags or in the config file."""
     if error.args and isinstance(error.args[0], Exception):  # ml_collections wraps what it raises
         error = error.args[0]
     reason = str(error.args[0] if isinstance(error, KeyError) else error).strip()
-    from effdet_jax.configs.rules import RULES  # only now, as in `_parse`
+    from effdet_jax.configs.rules import RULES  # imported late, as in `_parse`
 
     wrong = re.match(r'flag --config\.([\w.]+)=(.*?): ', reason, re.DOTALL)
-    if wrong and wrong[1] in RULES:  # a text that cannot be read as the type of its key
+    if wrong and wrong[1] in RULES:  # the text does not parse as the type of the key
         return f'config.{wrong[1]}={wrong[2]!r}{RULES[wrong[1]].advice}'
     return 'bad flags: ' + (reason.splitlines()[-1] if 'Traceback' in reason else reason)
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """--config as one word that names a file that exists.
+    """Replaces --config by one argument that names an existing file.
 
-    `configs/d0.py` is the one of this package where the current folder has none. Without --config, a work directory's
-    own config holds: `--config=configs/saved.py:WORKDIR` in its place.
+    `configs/d0.py` means the file of this package if the current folder has none. Without --config, the config of the
+    work directory is used: `--config=configs/saved.py:WORKDIR`.
     """
     if 'config' not in flags.FLAGS:
         return argv
-    argv, given = _taken_out(argv, 'config')
+    argv, given = _without_flag(argv, 'config')
     if not given:
-        _, workdir = _taken_out(argv, 'workdir')
+        _, workdir = _without_flag(argv, 'workdir')
         is_run = workdir and (paths.local(workdir) / 'config.json').is_file()
         return [argv[0], f'--config={SAVED}:{workdir}', *argv[1:]] if is_run else argv
     paths.refuse_addresses(given)
@@ -179,13 +186,13 @@ def _with_config(argv: list[str]) -> list[str]:
     if not Path(file).is_file():
         ours = CONFIGS.parent / file
         if Path(file).parts[:1] != (CONFIGS.name,) or not ours.is_file():
-            fail(f'config file {file} does not exist: the ready ones are configs/*.py', 2)
+            fail(f'config file {file} does not exist: the ready-made ones are configs/*.py', 2)
         file = str(ours)
-    return [argv[0], f'--config={file}{colon}{preset}', *argv[1:]]  # first: overrides need it
+    return [argv[0], f'--config={file}{colon}{preset}', *argv[1:]]  # must come before its overrides
 
 
 def _check_paths(config: Any) -> None:
-    """As `PathParser` does it, in those keys of the config that hold paths."""
+    """Checks and expands the keys of the config that hold paths, as `PathParser` does for flags."""
     if not config:
         return
     for key in SOURCE_KEYS:
@@ -195,8 +202,8 @@ def _check_paths(config: Any) -> None:
         config.train.init_from = str(path)
 
 
-def _taken_out(argv: list[str], name: str) -> tuple[list[str], str]:
-    """(argv without the flag, its last value), given as `--name=value` or as two words."""
+def _without_flag(argv: list[str], name: str) -> tuple[list[str], str]:
+    """(argv without the flag, its last value); the flag may be `--name=value` or two words."""
     rest, value, words = [], '', iter(argv)
     for word in words:
         flag, equals, text = word.partition('=')
@@ -208,13 +215,13 @@ def _taken_out(argv: list[str], name: str) -> tuple[list[str], str]:
 
 
 def flags_of(module: str) -> list[flags.Flag]:
-    """The flags of a command, as it defines them, and those that all commands have."""
+    """The flags of a command in the order of their definition, and those that all commands share."""
     by_module = flags.FLAGS.flags_by_module_dict()
     return [*by_module.get(module, []), *(by_module[__name__] if module != __name__ else [])]
 
 
 def _help(doc: str, module: str, required: Sequence[str]) -> str:
-    """The command's docstring and a line for each of its flags: meaning, values, default."""
+    """The docstring of the command and one entry per flag: meaning, values, default."""
     lines = [doc.strip(), '', 'flags:']
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     for flag in flags_of(module):
@@ -226,15 +233,15 @@ def _help(doc: str, module: str, required: Sequence[str]) -> str:
         lines += textwrap.wrap(text, width, initial_indent=f'  {name:<15} ', subsequent_indent=' ' * 18)
     if any(flag.name == 'config' for flag in flags_of(module)):
         keys = CONFIGS / 'default.py'
-        lines += ['', f'Every key of the config is a flag, as --config.train.epochs=40. All keys: {keys}']
+        lines += ['', f'Every key of the config is a flag, e.g. --config.train.epochs=40. All keys: {keys}']
     return '\n'.join(lines)
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Ends the process with one line."""
+    """Prints one line and exits."""
     print(f'error: {" ".join(message.split())}', file=sys.stderr)
     sys.exit(code)
 
 
-if _problem := process.problem():  # now: the imports of the commands would fail
+if _problem := process.problem():  # before the commands import what does not work on this system
     fail(_problem, 1)

@@ -1,6 +1,6 @@
 """Tab completion of `effdet`: put eval "$(effdet completion bash)" into ~/.bashrc, or the same with zsh into ~/.zshrc.
 
-Completes commands, flags, keys of the config (--config.tr), choices (--mode=), and paths, also those behind `--flag=`.
+Completes commands, flags, keys of the config (--config.tr), choices (--mode=) and paths, also after `--flag=`.
 """
 
 import functools
@@ -13,8 +13,8 @@ from effdet_jax.commands import cli
 from effdet_jax.config import flatten
 from effdet_jax.configs import default
 
-# Bash breaks words at `=` and replaces what stands behind it; zsh replaces the whole word, so it gets the whole word.
-# Zsh's compgen -f looks at PREFIX, and its complete knows no compopt.
+# Bash splits words at `=` and replaces only what follows; zsh replaces the whole word, so it needs the whole word.
+# In zsh, compgen -f looks at PREFIX, and there is no compopt.
 SCRIPT = """\
 _effdet() {
   local line="${COMP_LINE:0:$COMP_POINT}" command current flag value before='' choices='' reply
@@ -59,12 +59,12 @@ SHELLS = {
 
 def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in SHELLS:
-        raise app.UsageError(f'name one shell of {", ".join(SHELLS)}')
+        raise app.UsageError(f'name one shell: {" or ".join(SHELLS)}')
     print(script(arguments[0]), end='')
 
 
 def script(shell: str) -> str:
-    """What the shell is to read. Its words are the flags that the commands define."""
+    """The shell script, filled with the flags of all commands."""
     words, choices = [], []
     for name, command in cli.COMMANDS.items():
         for flag in _flags_of(command.module):
@@ -86,15 +86,15 @@ def script(shell: str) -> str:
 
 @functools.cache
 def _flags_of(module: str) -> list[flags.Flag]:
-    """Of a command, whose flags are then taken out of absl's hands again: most commands have a --workdir."""
+    """The flags of a command. They are removed from absl afterwards, because several commands define --workdir."""
     name = f'effdet_jax.{module}'
     importlib.import_module(name)
-    found = cli.flags_of(name)
-    for flag in found:
+    defined = cli.flags_of(name)
+    for flag in defined:
         if flag not in cli.flags_of(cli.__name__):
             delattr(flags.FLAGS, flag.name)
-    return found
+    return defined
 
 
 if __name__ == '__main__':
-    cli.run(main)
+    cli.run(main, positional=True)

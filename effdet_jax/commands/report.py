@@ -1,28 +1,28 @@
-"""Report: python -m effdet_jax report --workdir=runs/d3 [--out=FILE]
+"""Write an HTML report about a run: python -m effdet_jax report --workdir=runs/d3 [--out=FILE]
 
-Evaluates the best checkpoint on the run's evaluation split and writes one self-contained HTML page: figures, curves,
-kinds of error, the worst and the best images. Overrides as usual: --config.dataset.source=voc:elsewhere.
+Evaluates the best checkpoint on the evaluation split and writes one self-contained HTML page: metrics, curves, kinds of
+error, and the best and worst images. Any key of the config can be changed: --config.dataset.source=voc:FOLDER.
 """
 
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from effdet_jax import config as run_config
 from effdet_jax.commands import cli
 
-CONFIG = config_flags.DEFINE_config_file('config', None, "if not the work directory's own", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'by default the config of the work directory', lock_config=True
+)
 WORKDIR = flags.DEFINE(cli.PATH, 'workdir', None, 'the training run')
-OUT = flags.DEFINE(cli.PATH, 'out', None, 'the page to write; without it, report.html in the work directory')
+OUT = flags.DEFINE(cli.PATH, 'out', None, 'the page to write; by default report.html in the work directory')
 
 
-def main(arguments: Sequence[str]) -> None:
-    if arguments:
-        raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --workdir=DIR --out=FILE')
+def main(_: Sequence[str]) -> None:
     workdir = WORKDIR.value
     assert workdir  # required
-    config = CONFIG.value or run_config.load(workdir)  # the latter says what is wrong with the work directory
+    config = CONFIG.value or run_config.load(workdir)  # raises if this is no work directory
     from effdet_jax import evaluate, reporting  # after the flags: --help must not wait for jax
     from effdet_jax.records.console import result
     from effdet_jax.runtime import devices

@@ -1,4 +1,4 @@
-"""From a work directory to boxes."""
+"""Detection with a trained model: from a work directory or an export to boxes."""
 
 from effdet_jax.inference.detections import Detections
 from effdet_jax.inference.detector import Detector

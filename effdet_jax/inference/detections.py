@@ -1,4 +1,4 @@
-"""What was found in one image."""
+"""The detections in one image: filter, draw, crop, convert."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from effdet_jax.records import pictures
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first; pixels of the original image."""
+    """The detections in one image, best first. Boxes are in pixels of the original image."""
 
     boxes_xyxy: Float[np.ndarray, 'K 4']
     scores: Float[np.ndarray, 'K']
@@ -25,25 +25,22 @@ class Detections:
         return len(self.scores)
 
     def above(self, score: float) -> 'Detections':
-        """Those with a score of at least `score`."""
+        """The detections with a score of at least `score`."""
         return self._where(self.scores >= score)
 
     def of(self, names: str | Iterable[str]) -> 'Detections':
-        """Those of one class, or of several, by name."""
+        """The detections of one class, or of several, by name."""
         wanted = {names} if isinstance(names, str) else set(names)
         return self._where(np.array([name in wanted for name in self.names], bool))
 
     def draw(self, image: ImageLike, *, enlarge: bool = True) -> UInt8[np.ndarray, 'H2 W2 3']:
-        """The image that the detector took, in RGB, with boxes, names and scores.
-
-        A small one is enlarged, unless `enlarge` is False.
-        """
+        """Draws boxes, names and scores onto a copy of the image, in RGB. By default, small images are enlarged."""
         by_label = dict(zip(self.labels.tolist(), self.names, strict=True))
         names = [by_label.get(label, '') for label in range(max(by_label, default=-1) + 1)]
         return pictures.draw_boxes(to_array(image), self.boxes_xyxy, self.labels, names, self.scores, enlarge=enlarge)
 
     def crops(self, image: ImageLike) -> list[UInt8[np.ndarray, '_ _ 3']]:
-        """The part inside each box of the image that the detector took, in whole pixels, at least one."""
+        """Cuts each box out of the image, rounded outwards to whole pixels, at least one."""
         pixels = to_array(image)
         height, width, _ = pixels.shape
         limits_4 = np.array([width, height, width, height])
@@ -52,7 +49,7 @@ class Detections:
         return [pixels[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] for x1, y1, x2, y2 in corners_K4]
 
     def to_coco(self, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-        """As COCO results: bbox is x, y, width, height; `category_ids` by label (`Detector.category_ids`)."""
+        """Converts to COCO results: bbox is x, y, width, height; `category_ids` by label (`Detector.category_ids`)."""
         return [
             {
                 'image_id': image_id,
@@ -64,10 +61,10 @@ class Detections:
         ]
 
     def to_supervision(self) -> Any:
-        """As `supervision.Detections`, for its trackers and annotators.
+        """Converts to `supervision.Detections`, for the trackers and annotators of that package.
 
         Raises:
-          UserError: where that package is not installed.
+          UserError: if it is not installed.
         """
         try:
             import supervision

@@ -1,4 +1,4 @@
-"""uint8 images -> boxes: the one jitted function behind evaluation, prediction and export."""
+"""From uint8 images to boxes: the function behind evaluation, prediction and export."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,27 +25,27 @@ from effdet_jax.runtime import paths, xla
 
 
 class Thresholds(NamedTuple):
-    """What may change from call to call in one compiled program."""
+    """The thresholds, arguments of the compiled program: changing them compiles nothing."""
 
-    score: float | Float[Array, '']  # below it nothing is found, 0..1
-    iou: float | Float[Array, '']  # of two boxes that hard NMS takes for one object, 0..1
-    sigma: float | Float[Array, '']  # of Gaussian NMS: the smaller, the faster rivals fade
+    score: float | Float[Array, '']  # detections below it are dropped, 0..1
+    iou: float | Float[Array, '']  # above it hard NMS drops the lower box, 0..1
+    sigma: float | Float[Array, '']  # of Gaussian NMS: the smaller, the stronger it lowers overlapping boxes
 
 
 # (pixels [P, 3], sizes [B, 2], thresholds) -> boxes xyxy [B, K, 4], scores, labels; see make_detect_pixels
 DetectPixels = Callable[[Any, Any, Thresholds], tuple[Any, Any, Any]]
 
 
-BOXES = ('boxes', 'scores', 'labels')  # what such a function returns, by the names that exports give them
+BOXES = ('boxes', 'scores', 'labels')  # names of these outputs in exports
 
 
 class Detector:
-    """A trained detector, ready to be called on images of any size.
+    """A trained detector for images of any size.
 
     detector = Detector.load('runs/d3')
-    found = detector(image)                   # uint8 [H, W, 3] RGB, a PIL image, or the path of a file
-    found = detector([image, another])        # of any sizes and kinds: a list
-    found = detector(image, score=0.3)        # compiles nothing again
+    detections = detector(image)              # uint8 [H, W, 3] RGB, a PIL image, or the path of a file
+    detections = detector([image, another])   # a list of results; images may differ in size and type
+    detections = detector(image, score=0.3)   # compiles nothing again
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Detector:
         batch_size: int = 8,
         augmentation: merge.Augmentation | None = None,
     ) -> None:
-        """`functions`: one for each scale of `augmentation`; a single one without it. `load` makes them."""
+        """`functions` has one function for each scale of `augmentation`, or a single one without it; see `load`."""
         self.class_names, self.category_ids = tuple(class_names), tuple(category_ids)
         self.batch_size = batch_size
         self._functions, self._thresholds = functions, thresholds
@@ -68,26 +68,24 @@ class Detector:
     def load(
         cls, workdir: str | Path, *, batch_size: int = 8, augmentation: merge.Augmentation | None = None
     ) -> 'Detector':
-        """The best checkpoint of a run, or a StableHLO export. The network sees at most `batch_size` images at once.
+        """Loads the best checkpoint of a run, or a StableHLO export. Runs on at most `batch_size` images at once.
 
-        With `augmentation`, each view goes through hard NMS, whatever the config says, before they are merged.
+        With `augmentation`, every view uses hard NMS, whatever the config says, before the views are merged.
 
         Raises:
-          UserError: where the work directory holds no run, or a backbone alone; for an address, augmentation of an
-            export, and an export of raw outputs.
+          UserError: if there is no run or only a backbone, if the export has raw outputs or `augmentation` is given for
+            an export, and for an address such as gs://bucket.
         """
         folder = paths.local(workdir)
         if folder.is_file():
             return _of_export(folder, batch_size, augmentation)
         config: Any = run_config.load_detector(folder)
         if not config.dataset.class_names:
-            raise UserError(
-                'these weights are a backbone alone: train a detector from them with config.train.init_from'
-            )
+            raise UserError(f'{folder} has only a backbone: train a detector from it with config.train.init_from')
         model = build_model(config.model, len(config.dataset.class_names))
         _, variables = checkpoint.load_variables(folder, config.checkpoint.best)
         variables = jax.device_put(fold(variables))
-        if augmentation:  # the faded copies that soft NMS leaves would pull down the averages that merging takes
+        if augmentation:  # the low-scored duplicates that soft NMS keeps would lower the merged scores
             config.eval.nms = 'hard'
         scales = augmentation.scales if augmentation else (1.0,)
         return cls(
@@ -113,15 +111,15 @@ class Detector:
         sigma: float | None = ...,
     ) -> list[Detections]: ...
     def __call__(self, images: Any, *, score: Any = None, iou: Any = None, sigma: Any = None) -> Any:
-        """What is found in an image, or in each of a list of them, of any sizes.
+        """Detects objects in one image, or in each image of a list.
 
-        An image is an array of NumPy or JAX, uint8 [H, W, 3] in RGB, a PIL image, or the path of a file. The latter two
-        are turned upright by their EXIF orientation, and boxes are those of the upright image.
+        An image is a NumPy or JAX array, uint8 [H, W, 3] in RGB, a PIL image, or the path of a file. PIL images and
+        files are turned upright by their EXIF orientation, and boxes refer to the upright image.
 
-        `score`, `iou` and `sigma` replace the config's thresholds (see `Thresholds`).
+        `score`, `iou` and `sigma` replace the thresholds of the config (see `Thresholds`).
 
         Raises:
-          UserError: for anything that is no such image, and for a threshold out of range.
+          UserError: for anything else than an image, and for a threshold out of range.
         """
         if are_several(images):
             return list(self.stream(images, score=score, iou=iou, sigma=sigma))
@@ -129,13 +127,13 @@ class Detector:
 
     def stream(
         self,
-        images: Iterable[Any],  # ImageLike: what is not is refused in a line
+        images: Iterable[Any],  # of ImageLike; anything else is a UserError
         *,
         score: float | None = None,
         iou: float | None = None,
         sigma: float | None = None,
     ) -> Iterator[Detections]:
-        """As a call with a list, one after the other: takes the next images while the device works on those before."""
+        """Like a call with a list, but yields one by one, and reads the next images while the device is working."""
         thresholds = _chosen(self._thresholds, score=score, iou=iou, sigma=sigma)
         running: Callable[[], list[Detections]] | None = None
         for batch, places in packing.batches(map(to_array, images), self.batch_size):
@@ -144,7 +142,7 @@ class Detector:
         yield from running() if running else ()
 
     def _start(self, images: list[np.ndarray], places: int, thresholds: Thresholds) -> Callable[[], list[Detections]]:
-        """Sends a batch to the device; calling the result waits for it."""
+        """Sends a batch to the device. Calling the returned function waits for the result."""
         views = [
             (flip, function(*packed, thresholds))
             for flip in self._augmentation.flips
@@ -154,31 +152,31 @@ class Detector:
         widths = [image.shape[1] for image in images]
 
         def finish() -> list[Detections]:
-            arrived = [(flip, jax.device_get(found)) for flip, found in views]
+            outputs = [(flip, jax.device_get(arrays)) for flip, arrays in views]
             return [
-                self._merge([_one_image(found, place, width, flip) for flip, found in arrived], thresholds)
+                self._merge([_one_image(arrays, place, width, flip) for flip, arrays in outputs], thresholds)
                 for place, width in enumerate(widths)
             ]
 
         return finish
 
     def _merge(self, views: list[merge.Boxes], thresholds: Thresholds) -> Detections:
-        found = views[0]
+        boxes = views[0]
         if len(views) > 1:
             most = max(len(view.scores) for view in views)
             merged = merge.merge(views, self._augmentation)
             kept = np.flatnonzero(merged.scores > thresholds.score)[:most]
-            found = merge.Boxes(*(column[kept] for column in merged))
-        return Detections(*found, tuple(self.class_names[label] for label in found.labels.tolist()))
+            boxes = merge.Boxes(*(column[kept] for column in merged))
+        return Detections(*boxes, tuple(self.class_names[label] for label in boxes.labels.tolist()))
 
 
 def make_detect_pixels(config: Any, model: EfficientDet, scale: float = 1.0) -> Callable[..., tuple[Array, ...]]:
-    """`detect(variables, pixels uint8 [P, 3], sizes [B, 2], thresholds)`: from images of any sizes to their boxes.
+    """Makes `detect(variables, pixels uint8 [P, 3], sizes [B, 2], thresholds)` for images of any sizes.
 
-    `pixels` are B images row by row, one after the other (`packing.pack`; images of one size [B, H, W, 3], reshaped),
-    and `sizes` their heights and widths. `scale` multiplies the size of the network's input. Returns boxes xyxy in
-    pixels of the original images [B, K, 4], scores [B, K], labels [B, K] (-1: padding), best first. Pure: to be jitted
-    or exported as it is.
+    `pixels` has B images, row by row and one after the other (see `packing.pack`); `sizes` has their heights and
+    widths. `scale` multiplies the size of the network input. `detect` is pure, so it can be jitted and exported. It
+    returns boxes xyxy in pixels of the original images [B, K, 4], scores [B, K] and labels [B, K] (-1: padding), best
+    first.
     """
     height, width = (max(round(scale * side), 1) for side in config.image.size)
     detect_resized = make_detect(config, model, (height, width))
@@ -188,7 +186,7 @@ def make_detect_pixels(config: Any, model: EfficientDet, scale: float = 1.0) -> 
     ) -> tuple[Array, ...]:
         images, valid_size, image_scale = preprocess.resize_and_pad(pixels, sizes, (height, width))
         boxes_xyxy, scores, labels = to_original(detect_resized(variables, images, valid_size, thresholds), image_scale)
-        # Of a very long image one row of network pixels is left, which reaches further than the image does.
+        # A very long image becomes a single row of network pixels, which extends beyond the image.
         limits_B14 = sizes[:, None, np.array([1, 0, 1, 0])].astype(jnp.float32)
         return jnp.minimum(boxes_xyxy, limits_B14), scores, labels
 
@@ -198,10 +196,10 @@ def make_detect_pixels(config: Any, model: EfficientDet, scale: float = 1.0) -> 
 def make_detect(
     config: Any, model: EfficientDet, image_size: tuple[int, int] | None = None
 ) -> Callable[..., NetworkDetections]:
-    """`detect(variables, images uint8 [B, H, W, 3], valid_size [B, 2])` -> detections in network pixels.
+    """Makes `detect(variables, images uint8 [B, H, W, 3], valid_size [B, 2])`, with detections in network pixels.
 
-    The images are resized and padded to `image_size` (the config's) already. `thresholds` may be given as a fourth
-    argument instead of the config's.
+    The images are already resized and padded to `image_size`, by default the config's. An optional fourth argument
+    `thresholds` replaces the config's.
     """
     raw = make_raw(config, model)
     anchors_N4 = image_anchors(config, image_size)
@@ -226,9 +224,9 @@ def make_detect(
 
 
 def make_raw(config: Any, model: EfficientDet) -> Callable[..., Outputs]:
-    """`raw(variables, images uint8 [B, H, W, 3], valid_size [B, 2])` -> what the network says of each anchor.
+    """Makes `raw(variables, images uint8 [B, H, W, 3], valid_size [B, 2])`, with the network's outputs per anchor.
 
-    The images are resized and padded already; their normalisation is part of it.
+    The images are already resized and padded; `raw` normalises them.
     """
     statistics = config.image.mean, config.image.std, config.image.padding
 
@@ -240,16 +238,16 @@ def make_raw(config: Any, model: EfficientDet) -> Callable[..., Outputs]:
 
 
 def image_anchors(config: Any, image_size: tuple[int, int] | None = None) -> Float[np.ndarray, 'N 4']:
-    """The anchors of an input of `image_size`; of the config's, where none is given."""
+    """The anchors for a network input of `image_size`, by default the config's."""
     a, size = config.model.anchors, tuple(config.image.size) if image_size is None else image_size
     levels = anchors.level_sizes(size, anchors.MIN_LEVEL, config.model.max_level)
     return anchors.make_anchors(levels, size, a.scale, a.octaves, a.aspect_ratios)
 
 
 def to_original(detections: NetworkDetections, image_scale: Any) -> tuple[Any, Any, Any]:
-    """(boxes xyxy in pixels of the original images `[B, K, 4]`, scores `[B, K]`, labels `[B, K]`, -1 as padding).
+    """(boxes xyxy in pixels of the original images `[B, K, 4]`, scores `[B, K]`, labels `[B, K]`, -1: padding).
 
-    In NumPy or jax, as the detections and `image_scale` `[B]` are.
+    Works on NumPy and jax arrays. `image_scale` is `[B]`.
     """
     return (
         detections.boxes[..., np.array([1, 0, 3, 2])] * image_scale[:, None, None],
@@ -259,7 +257,7 @@ def to_original(detections: NetworkDetections, image_scale: Any) -> tuple[Any, A
 
 
 def detector_of(run: Callable[..., tuple[Any, ...]], metadata: Mapping[str, Any], batch_size: int = 8) -> Detector:
-    """The detector that an exported program of (pixels, sizes, score, iou, sigma) is; `metadata`: of its file."""
+    """A detector from an exported program of (pixels, sizes, score, iou, sigma) and the metadata of its file."""
     return Detector(
         [lambda pixels, sizes, thresholds: run(pixels, sizes, *map(np.float32, thresholds))],
         metadata['class_names'],
@@ -272,25 +270,25 @@ def detector_of(run: Callable[..., tuple[Any, ...]], metadata: Mapping[str, Any]
 def _of_export(file: Path, batch_size: int, augmentation: merge.Augmentation | None) -> Detector:
     call, metadata = formats.read_stablehlo(file)
     if metadata['outputs'] != list(BOXES):
-        raise UserError(f'{file} is an export of raw outputs: export with --outputs=boxes for a Detector')
+        raise UserError(f'{file} is an export of raw outputs: a Detector needs an export with --outputs=boxes')
     if augmentation:
-        raise UserError(f'{file} is an export, which looks once: give the work directory of its run')
+        raise UserError(f'{file} is an export, which cannot augment: give the work directory of its run')
     return detector_of(xla.jit(call), metadata, batch_size)
 
 
-def _one_image(found: Sequence[np.ndarray], place: int, width: int, flip: bool) -> merge.Boxes:
-    """Of a batch, without padding and as the image lay before it was mirrored."""
-    boxes_K4, scores_K, labels_K = (column[place] for column in found)
+def _one_image(outputs: Sequence[np.ndarray], place: int, width: int, flip: bool) -> merge.Boxes:
+    """The boxes of one image of a batch, without padding, mirrored back if `flip`."""
+    boxes_K4, scores_K, labels_K = (column[place] for column in outputs)
     if flip:
         x1, y1, x2, y2 = boxes_K4.T
         boxes_K4 = np.stack([width - x2, y1, width - x1, y2], axis=1)
-    used = int(np.count_nonzero(labels_K >= 0))  # the places behind them are padding
+    used = int(np.count_nonzero(labels_K >= 0))  # the rest is padding
     return merge.Boxes(boxes_K4[:used], scores_K[:used], labels_K[:used])
 
 
 def _chosen(defaults: Thresholds, **given: float | None) -> Thresholds:
-    """As Python floats: another type would be another program."""
+    """The thresholds of a call, as Python floats: another type would compile another program."""
     thresholds = defaults._replace(**{name: value for name, value in given.items() if value is not None})
     if not (0 <= thresholds.score <= 1 and 0 <= thresholds.iou <= 1 and thresholds.sigma > 0):
-        raise UserError(f'thresholds out of range: {thresholds}; score and iou lie in 0 .. 1, sigma above 0')
+        raise UserError(f'thresholds out of range: {thresholds}: score and iou must be in 0 .. 1, sigma above 0')
     return Thresholds(*map(float, thresholds))

@@ -1,11 +1,11 @@
-"""A program of arrays -> a file that runs without this package, and back: one `write` and one `load` per format.
+"""Export formats: each has a `write` for a program of arrays, and a `load` that needs nothing else of this package.
 
-    stablehlo    a zip of model.stablehlo (jax.export, for cpu, cuda and tpu at once), metadata.json: jax, flatbuffers
-    savedmodel   the same program as a TensorFlow SavedModel; metadata.json lies in its assets.extra
-    onnx         converted by jax2onnx; the metadata are the model's property `metadata`
+    stablehlo    a zip with model.stablehlo (jax.export for cpu, cuda and tpu) and metadata.json; needs jax, flatbuffers
+    savedmodel   a TensorFlow SavedModel of the same program, with assets.extra/metadata.json
+    onnx         converted by jax2onnx, with the model property `metadata`
 
-What `load` returns takes and gives NumPy arrays, in the order of the program's inputs and outputs. TensorFlow and ONNX
-Runtime run it on the CPU, jax on its default device.
+`load` returns a function of NumPy arrays, in the order of the program's inputs and outputs. TensorFlow and ONNX Runtime
+run it on the CPU, jax on its default device.
 """
 
 import json
@@ -24,15 +24,15 @@ from effdet_jax.kernels.dispatch import plain_everywhere
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
-# Written for TensorFlow in this version of StableHLO, the newest that the TensorFlow named here reads: jax's is newer.
-STABLEHLO_OF_TENSORFLOW = '1.13.0'  # TensorFlow 2.21
+# SavedModels are written in this version of StableHLO: jax writes a newer one that TensorFlow cannot read.
+STABLEHLO_OF_TENSORFLOW = '1.13.0'  # the newest that TensorFlow 2.21 reads
 
 Metadata = Mapping[str, Any]
 Run = Callable[..., tuple[Any, ...]]
 
 
 class Input(NamedTuple):
-    """An argument of a program; a letter in the shape stands for any length, the same wherever it occurs."""
+    """An argument of a program. A letter in the shape is any length, the same wherever that letter occurs."""
 
     name: str
     shape: tuple[int | str, ...]
@@ -40,7 +40,7 @@ class Input(NamedTuple):
 
 
 class Program(NamedTuple):
-    function: Callable[..., tuple[jax.Array, ...]]  # pure; its weights are constants of it
+    function: Callable[..., tuple[jax.Array, ...]]  # pure; the weights are constants in it
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
 
@@ -51,10 +51,10 @@ class Format(NamedTuple):
 
 
 def read_stablehlo(path: Path) -> tuple[Run, dict[str, Any]]:
-    """(program, metadata) of a file that `write_stablehlo` has written. The program can be jitted.
+    """(program, metadata) of a file written by `write_stablehlo`. The program can be jitted.
 
     Raises:
-      UserError: where it is no such file.
+      UserError: for any other file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -62,7 +62,7 @@ def read_stablehlo(path: Path) -> tuple[Run, dict[str, Any]]:
             program: Any = export.deserialize(bytearray(archive.read('model.stablehlo')))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
-            f'{path} is no StableHLO export ({error}): give a work directory, or a file that `effdet export` wrote'
+            f'{path} is not a StableHLO export ({error}): give a work directory, or a file written by `effdet export`'
         ) from error
     return program.call, metadata
 
@@ -78,10 +78,10 @@ def load_stablehlo(path: Path) -> Run:
 
 
 def write_saved_model(program: Program, metadata: Metadata, path: Path) -> None:
-    """Around TensorFlow's operation XlaCallModule, as jax2tf does; but in a version of StableHLO that it can read.
+    """Wraps the program in TensorFlow's XlaCallModule, as jax2tf does, but in a StableHLO version that it can read.
 
     Raises:
-      UserError: where TensorFlow is not installed, or the program holds what that version of StableHLO has not.
+      UserError: if TensorFlow is not installed, or the program has operations unknown to that version.
     """
     tf = _import('tensorflow', 'requirements-tensorflow.txt')
     from tensorflow.compiler.tf2xla.python import xla
@@ -122,15 +122,15 @@ def load_saved_model(path: Path) -> Run:
             tensors = {
                 name: tf.constant(value, specs[name].dtype) for name, value in zip(names, arguments, strict=True)
             }
-            found = signature(**tensors)
-        return tuple(found[name].numpy() for name in outputs)
+            results = signature(**tensors)
+        return tuple(results[name].numpy() for name in outputs)
 
-    run.model = model  # type: ignore[attr-defined]  # TensorFlow frees a model that nobody holds
+    run.model = model  # type: ignore[attr-defined]  # keeps the model alive: its signature does not
     return run
 
 
 def write_onnx(program: Program, metadata: Metadata, path: Path) -> None:
-    """Depthwise convolutions become ONNX's grouped ones, whatever form they have on the platform of this process."""
+    """Depthwise convolutions become grouped convolutions in ONNX, on whatever platform this runs."""
     jax2onnx, onnx = (_import(name, 'requirements-export.txt') for name in ('jax2onnx', 'onnx'))
     with plain_everywhere(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -141,12 +141,12 @@ def write_onnx(program: Program, metadata: Metadata, path: Path) -> None:
                 input_names=[i.name for i in program.inputs],
                 output_names=program.outputs,
             )
-        except Exception as error:  # of a jax that it does not know, anything
+        except Exception as error:  # with an unsupported jax it raises anything
             raise UserError(
-                f'jax2onnx cannot convert this with jax {jax.__version__} ({type(error).__name__}: {error}): take a '
+                f'jax2onnx cannot convert this with jax {jax.__version__} ({type(error).__name__}: {error}): use a '
                 'version of jax that it supports (jax2onnx 0.17.1: below 0.12), or --format=stablehlo or savedmodel'
             ) from error
-    # The converter moves channels and leaves the old shapes of what lies between: onnxruntime finds them out itself.
+    # The converter transposes channels but keeps the old shapes of intermediate values; onnxruntime infers them anew.
     del model.graph.value_info[:]
     onnx.helper.set_model_props(model, {'metadata': json.dumps(metadata)})
     onnx.save(model, str(path))
@@ -176,9 +176,9 @@ def _exported(program: Program) -> export.Exported:
 
 
 def _for_tensorflow(module_serialized: bytes) -> bytes:
-    """The same module in the StableHLO that TensorFlow reads, which does not know jax 0.12's composites with regions.
+    """The same module in a StableHLO version that TensorFlow reads, which lacks the composites of jax 0.12.
 
-    A composite is by definition the function that it names, so a call of that function takes its place.
+    A composite is defined by its decomposition, a function, so a call of that function replaces it.
     """
     from jax.extend.mlir import ir
     from jax.extend.mlir.dialects import func, stablehlo
@@ -204,8 +204,8 @@ def _for_tensorflow(module_serialized: bytes) -> bytes:
             return stablehlo.serialize_portable_artifact(module, STABLEHLO_OF_TENSORFLOW)
         except ValueError as error:
             raise UserError(
-                f'jax {jax.__version__} writes operations that TensorFlow cannot read, StableHLO newer than '
-                f'{STABLEHLO_OF_TENSORFLOW} ({error}): take --format=stablehlo, or export with jax 0.10'
+                f'jax {jax.__version__} writes StableHLO newer than {STABLEHLO_OF_TENSORFLOW}, which TensorFlow cannot '
+                f'read ({error}): use --format=stablehlo, or export with jax 0.10'
             ) from error
 
 

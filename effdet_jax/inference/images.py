@@ -1,4 +1,4 @@
-"""What a detector takes as an image: arrays, PIL images, paths -> arrays in RGB, upright."""
+"""Converts what a detector accepts as an image (arrays, PIL images, paths) to upright RGB arrays."""
 
 import io
 import os
@@ -15,20 +15,21 @@ from effdet_jax.errors import UserError
 from effdet_jax.runtime import paths
 
 ImageLike = np.ndarray | jax.Array | Image.Image | str | os.PathLike[str]
-DECODED_AS_PNG = ('LA', 'P', 'RGBA', 'I;16')  # modes that take more than Pillow's `convert`
+DECODED_AS_PNG = ('LA', 'P', 'RGBA', 'I;16')  # modes for which Pillow's `convert` is not enough
 
 
 def are_several(images: Any) -> bool:
-    """Whether `images` holds images, rather than being one, or nothing of the kind."""
+    """Whether `images` is an iterable of images, not a single image or something else."""
     one = isinstance(images, str | bytes | os.PathLike | Image.Image | Mapping) or hasattr(images, '__array__')
     return isinstance(images, Iterable) and not one
 
 
 def to_array(image: Any) -> Any:
-    """An array of NumPy or JAX, a PIL image or the path of an image file -> NumPy array; of files uint8 [H, W, 3] RGB.
+    """Converts a NumPy or JAX array, a PIL image or the path of an image file to a NumPy array.
 
-    Photographs are turned upright by their EXIF orientation. Transparency and 16 bits are treated as `data.decode` does
-    it, so a PIL image gives what its file gives. Anything else is returned as it is: `packing.batches` checks it.
+    PIL images and files become uint8 [H, W, 3] RGB, upright by their EXIF orientation. A PIL image gives the same
+    pixels as its file would: transparency and 16 bits are handled by `data.decode`. Anything else is returned
+    unchanged; `packing.batches` checks it.
 
     Raises:
       UserError: for a file that cannot be read, an address, and a PIL image that cannot be converted to RGB.
@@ -50,5 +51,5 @@ def _of_pil(image: Image.Image) -> UInt8[np.ndarray, 'H W 3']:
         if upright.mode in ('I', 'F'):
             raise ValueError(f'mode {upright.mode} has no known range')
         return np.asarray(upright.convert('RGB'))
-    except Exception as error:  # Pillow raises what it likes on damaged files, which it reads only now
+    except Exception as error:  # Pillow reads the file only now, and raises anything if it is damaged
         raise UserError(f'{image} cannot be used ({error}): convert it to RGB, or replace its file') from error

@@ -1,4 +1,4 @@
-"""Test-time augmentation: several views of one image, and how what is found in them becomes one set of boxes. NumPy."""
+"""Test-time augmentation: merges the boxes found in several views of an image. NumPy."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ class Boxes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """The views of an image: every scale of the network's input, as it is and, where `flip`, also mirrored.
+    """The views of an image: each scale of the network input and, with `flip`, its mirror image too.
 
-    `merge` names one of `MERGES`; `iou_threshold` is the IoU from which two boxes are one object to it.
+    `merge` names one of `MERGES`, which treats boxes with an IoU above `iou_threshold` as one object.
     """
 
     flip: bool = False
@@ -32,9 +32,9 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not self.scales or any(not 0.1 <= scale <= 10 for scale in self.scales):
-            raise UserError(f'scales of the input are {self.scales}: give at least one, each in 0.1 .. 10')
+            raise UserError(f'input scales {self.scales} are out of range: give at least one, each in 0.1 .. 10')
         if self.merge not in MERGES:
-            raise UserError(f'merge {self.merge!r} is unknown: choose one of {", ".join(MERGES)}')
+            raise UserError(f'unknown merge {self.merge!r}: choose one of {", ".join(MERGES)}')
 
     @property
     def flips(self) -> tuple[bool, ...]:
@@ -42,7 +42,7 @@ class Augmentation:
 
 
 def merge(views: Sequence[Boxes], augmentation: Augmentation) -> Boxes:
-    """What was found in each of the views, all in pixels of one image -> what is there, best first."""
+    """Merges the boxes of all views, given in pixels of one image; the result is sorted, best first."""
     boxes_M4, scores_M, labels_M = (np.concatenate(column) for column in zip(*views, strict=True))
     rule, threshold = MERGES[augmentation.merge], augmentation.iou_threshold
     parts = [
@@ -62,11 +62,11 @@ def merge(views: Sequence[Boxes], augmentation: Augmentation) -> Boxes:
 def weighted_box_fusion(
     boxes: Float[np.ndarray, 'M 4'], scores: Float[np.ndarray, 'M'], num_views: int, iou_threshold: float
 ) -> tuple[Float[np.ndarray, 'K 4'], Float[np.ndarray, 'K']]:
-    """Boxes of one class become their averages (Solovyev, Wang, Gabruseva 2019, arXiv:1910.13302, section 2).
+    """Averages overlapping boxes of one class (Solovyev, Wang, Gabruseva 2019, arXiv:1910.13302, section 2).
 
-    Best first, a box joins the cluster whose average it overlaps most, if by more than `iou_threshold`, else it founds
-    one. An average is weighted by the scores, which must be positive; its score is the mean one, times the share of the
-    views that found it: min(size of the cluster, num_views) / num_views (equation 5).
+    In order of their scores, each box joins the cluster whose average box has the highest IoU with it, if that is above
+    `iou_threshold`; otherwise it starts a new cluster. The average is weighted by the scores, which must be positive.
+    Its score is the mean score times min(size of the cluster, num_views) / num_views (equation 5).
     """
     sums_C4, totals_C, counts_C = np.zeros((len(scores), 4)), np.zeros(len(scores)), np.zeros(len(scores))
     means_C4, used = np.zeros((len(scores), 4)), 0
@@ -86,7 +86,7 @@ def weighted_box_fusion(
 def hard_nms(
     boxes: Float[np.ndarray, 'M 4'], scores: Float[np.ndarray, 'M'], iou_threshold: float
 ) -> tuple[Float[np.ndarray, 'K 4'], Float[np.ndarray, 'K']]:
-    """Of boxes of one class that overlap by more than `iou_threshold`, the best."""
+    """Keeps the best of boxes of one class that overlap with an IoU above `iou_threshold`."""
     left, kept = np.argsort(-scores, kind='stable'), []
     while len(left):
         kept.append(left[0])

@@ -1,4 +1,4 @@
-"""Images of any sizes -> buffers of few sizes, so that few programs are compiled. Host side, NumPy."""
+"""Packs images of any sizes into buffers of few sizes, so that few programs are compiled. Host side, NumPy."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -8,21 +8,21 @@ from jaxtyping import Int, UInt8
 
 from effdet_jax.errors import UserError
 
-# The images of a batch lie end to end in one buffer, which has 1, 4, 16, ... megapixels for each place of the batch,
-# every size a program of its own. Any picture of COCO or VOC has less than one megapixel, a photograph less than 16;
-# steps of 4, because to compile once more costs more than to send unused bytes for hours.
+# The images of a batch lie end to end in one buffer of 1, 4, 16, ... megapixels per place in the batch. Each size is a
+# program of its own. Images of COCO and VOC have less than one megapixel, most photographs less than 16. The steps are
+# coarse because another compilation costs more than hours of copying unused bytes.
 MEGAPIXEL, BUFFER_STEP = 2**20, 4
-MAX_BATCH_PIXELS = 128 * MEGAPIXEL  # 400 MB: a batch with more is divided
+MAX_BATCH_PIXELS = 128 * MEGAPIXEL  # 400 MB; larger batches are divided
 
 
 def batches(images: Iterable[Any], batch_size: int) -> Iterator[tuple[list[np.ndarray], int]]:
-    """(images, places): at most `batch_size` images, and for how many the program is made.
+    """Yields (images, places): at most `batch_size` images, and the batch size of the program that runs them.
 
-    A last batch that is not full uses the program of the full ones before it; where there are none, the next power of
-    two. So any number of images compiles one program, and few images waste less than half.
+    A last batch that is not full uses the program of the full batches. If there were none, it uses the next power of
+    two. So any number of images compiles one program, and a few images waste less than half of it.
 
     Raises:
-      UserError: for anything that is no uint8 [H, W, 3].
+      UserError: for anything but uint8 [H, W, 3].
     """
     batch: list[np.ndarray] = []
     pixels, divided = 0, False
@@ -42,9 +42,9 @@ def batches(images: Iterable[Any], batch_size: int) -> Iterator[tuple[list[np.nd
 def pack(
     images: Sequence[UInt8[np.ndarray, '_ _ 3']], places: int, *, flip: bool = False
 ) -> tuple[UInt8[np.ndarray, 'P 3'], Int[np.ndarray, 'B 2']]:
-    """(pixels of all images, row by row, in a buffer of the next size; (height, width) of each of the `places`).
+    """(pixels of all images, row by row, in the smallest buffer that fits; (height, width) of each of the `places`).
 
-    A place without image is one pixel, whatever lies in the buffer. `flip` mirrors every image left to right.
+    An empty place counts as one pixel of arbitrary content. `flip` mirrors every image left to right.
     """
     sizes_B2 = np.ones((places, 2), np.int32)
     sizes_B2[: len(images)] = [image.shape[:2] for image in images]
@@ -58,7 +58,7 @@ def pack(
 
 
 def buffer_size(pixels: int, places: int) -> int:
-    """The smallest buffer for a batch of so many places that holds so many pixels."""
+    """The number of pixels in the smallest buffer for `places` images with `pixels` pixels in total."""
     size = places * MEGAPIXEL
     while size < pixels:
         size *= BUFFER_STEP
@@ -69,8 +69,8 @@ def _check(image: Any) -> None:
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         what = f'{image.dtype} {list(image.shape)}' if hasattr(image, 'dtype') else type(image).__name__
         raise UserError(
-            f'an image is an array uint8 [height, width, 3] in RGB, a PIL image or a path, and this is {what}: convert '
-            'it, and give several images as a list'
+            f'{what} is not an image: give a uint8 array [height, width, 3] in RGB, a PIL image or a path, or a list '
+            'of them'
         )
     if not image.size:
         raise UserError(f'an image of {image.shape[0]} x {image.shape[1]} pixels is empty: leave it out')

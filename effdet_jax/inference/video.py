@@ -1,4 +1,4 @@
-"""Videos as frames, in and out, through OpenCV. Sound is not kept: OpenCV reads and writes pictures alone."""
+"""Reads and writes videos frame by frame with OpenCV, which drops the sound."""
 
 import contextlib
 import dataclasses
@@ -13,16 +13,16 @@ from jaxtyping import UInt8
 from effdet_jax.errors import UserError
 from effdet_jax.records.files import replacing
 
-USUAL_FRAME_RATE = 25.0  # where a file names none
+DEFAULT_FRAME_RATE = 25.0  # if the file has none
 
-# What a file has wrong is said in one line of ours.
+# Silences OpenCV and FFmpeg: we report a bad file in one line.
 os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video file that can be read. `num_frames` is what the file claims, often a guess, sometimes 0."""
+    """A readable video file. `num_frames` comes from its header, is often an estimate and may be 0."""
 
     path: Path
     height: int
@@ -31,7 +31,7 @@ class Video:
     num_frames: int
 
     def frames(self) -> Iterator[UInt8[np.ndarray, 'H W 3']]:
-        """All frames in RGB, upright, up to the first that cannot be decoded."""
+        """Yields upright RGB frames, up to the first that cannot be decoded."""
         capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
         try:
             while (read := capture.read())[0]:
@@ -41,12 +41,12 @@ class Video:
 
 
 def open_video(path: Path) -> Video:
-    """What kind of video a file holds.
+    """Opens a video file.
 
     Raises:
-      UserError: where it holds none whose first frame can be decoded.
+      UserError: if its first frame cannot be decoded.
     """
-    if not path.is_file():  # of a pipe OpenCV would wait for a writer
+    if not path.is_file():  # OpenCV would wait for the writer of a pipe
         raise UserError(f'{path}: not a regular file: check the path')
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     readable, frame = capture.read()
@@ -56,19 +56,19 @@ def open_video(path: Path) -> Video:
         raise UserError(f'{path}: not a video that can be decoded: replace or remove the file')
     height, width, _ = frame.shape
     known = 0 < frame_rate <= 1000
-    return Video(path, height, width, frame_rate if known else USUAL_FRAME_RATE, max(num_frames, 0))
+    return Video(path, height, width, frame_rate if known else DEFAULT_FRAME_RATE, max(num_frames, 0))
 
 
 @contextlib.contextmanager
 def video_writer(
     path: Path, frame_rate: float, height: int, width: int
 ) -> Iterator[Callable[[UInt8[np.ndarray, 'H W 3']], None]]:
-    """`with video_writer(...) as write: write(rgb_frame)` makes an MP4 file (MPEG-4 part 2), never half a one.
+    """`with video_writer(...) as write: write(rgb_frame)` writes an MP4 file (MPEG-4 part 2), atomically.
 
-    Of an odd height or width the last row or column is lost: the format keeps colours for pixels in fours.
+    With an odd height or width the last row or column is lost, because the format stores colour in 2x2 blocks.
 
     Raises:
-      UserError: where OpenCV cannot write such a file.
+      UserError: if OpenCV cannot write the file.
     """
 
     def write(rgb: np.ndarray) -> None:

@@ -1,7 +1,7 @@
-"""TensorBoard's event file, written as the loop goes: what was added is in the file, and an error is ours to handle.
+"""TensorBoard's event file, written without a background thread: an added event is in the file, or an error returned.
 
-(tensorboardX's own writer keeps up to two minutes of events behind a thread: a killed run loses them, and on a full
-disk the thread dies and the run waits for it for ever. Its encoders of summaries are used here.)
+We use only the encoders of tensorboardX. Its writer holds up to two minutes of events in a thread: a killed run loses
+them, and on a full disk the thread dies and the run waits for it forever.
 """
 
 import contextlib
@@ -23,37 +23,37 @@ from effdet_jax.records.files import Appender
 
 @contextlib.contextmanager
 def _as_if_absent(module: str) -> Iterator[None]:
-    """What is imported inside finds no such module, unless it is loaded already."""
+    """Within the block, importing `module` fails, unless it is loaded already."""
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = None  # type: ignore[assignment]  # so does one tell Python that there is none
+    sys.modules[module] = None  # type: ignore[assignment]  # makes Python raise ImportError
     try:
         yield
     finally:
         del sys.modules[module]
 
 
-with _as_if_absent('torch'):  # tensorboardX loads it where it is installed: seconds, and nothing here needs it
+with _as_if_absent('torch'):  # tensorboardX imports torch if it can, which takes seconds and is not needed here
     from tensorboardX import summary
-    from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # protobuf makes them
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # created by protobuf
     from tensorboardX.record_writer import masked_crc32c
 
-HEADER = struct.Struct('<QI')  # length of the event, checksum of the length; a checksum of the event follows it
+HEADER = struct.Struct('<QI')  # length of the event and checksum of the length; then the event and its checksum
 FOOTER_BYTES = 4
 
 
 class Board:
-    """Appends to a new event file in `folder`, after earlier ones have been cut behind `resume_step`."""
+    """Writes a new event file in `folder`, and removes events after `resume_step` from the earlier files."""
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
         for path in folder.glob('events.out.tfevents.*'):
-            _forget_after(path, resume_step)
+            _remove_after(path, resume_step)
         name = f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}'
         self._file = Appender(folder / name)
         self._first_step = resume_step + 1
         self._add(Event(file_version='brain.Event:2'))
-        # A TensorBoard that has been watching drops the steps from here on, too.
+        # Makes a TensorBoard that is already open drop the steps from here on, too.
         self._add(Event(step=self._first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> OSError | None:
@@ -64,11 +64,11 @@ class Board:
         return self._add(Event(step=step, summary=summary.image(name, rgb, dataformats='HWC')))
 
     def text(self, name: str, text: str) -> OSError | None:
-        """Markdown, at the first step of this part of the run."""
+        """Adds Markdown at the first step of this session."""
         return self._add(Event(step=self._first_step, summary=summary.text(name, text)))
 
     def hyper_parameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> OSError | None:
-        """A row of the HPARAMS tab, with the last value of `metrics` beside; a run that continues has one already."""
+        """Adds a row to the HPARAMS tab, with the last values of `metrics`. A continued run has its row already."""
         if self._first_step > 1:
             return None
         known = {
@@ -94,7 +94,7 @@ class Board:
 
 
 def read_events(path: Path) -> list[tuple[int, Event]]:
-    """(offset behind it, event) of every whole event; what a crash has torn ends the list."""
+    """(offset of its end, event) for every complete event, up to the first that a crash has cut off."""
     content, events, offset = path.read_bytes(), [], 0
     while offset + HEADER.size <= len(content):
         start = offset + HEADER.size
@@ -109,8 +109,8 @@ def read_events(path: Path) -> list[tuple[int, Event]]:
     return events
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Cuts the file before the first event behind `step`. Steps only grow within a file."""
+def _remove_after(path: Path, step: int) -> None:
+    """Truncates the file before the first event after `step`. Steps only grow within a file."""
     kept = 0
     for end, event in read_events(path):
         if event.step > step:

@@ -1,7 +1,7 @@
-"""Charts as inline SVG: matplotlib draws, CSS variables colour, so that one chart is right in light and in dark.
+"""Charts as inline SVG, drawn by matplotlib and coloured by CSS variables, so one chart fits light and dark themes.
 
-Colours are drawn as the stand-ins below and replaced by `var(--ink)`, `var(--series-0)`, ... (templates/report.css).
-Text stays text, in the font of the page. A chart is 360 units wide, about as many pixels as a phone has.
+The placeholder colours below are replaced by `var(--ink)`, `var(--series-0)`, ... of templates/report.css.
+Text stays text, in the font of the page. A chart is 360 units wide, about the width of a phone in CSS pixels.
 """
 
 import io
@@ -27,7 +27,7 @@ _VARIABLES = {INK: 'ink', MUTED: 'muted', RULE: 'rule', FAINT: 'faint'} | {
 
 WIDTH, HEIGHT = 360, 250  # points, which are the units of the SVG
 FONT_SIZE = 11
-FEW_POINTS, MAX_POINTS = 12, 400  # of a line: each one shown as a dot; more could not be told apart
+FEW_POINTS, MAX_POINTS = 12, 400  # lines with few points get markers; more points than the maximum are averaged
 _STYLE: dict[Any, Any] = {
     'svg.fonttype': 'none',
     'text.parse_math': False,  # a class may be called $
@@ -55,7 +55,7 @@ _STYLE: dict[Any, Any] = {
 
 
 class Line(NamedTuple):
-    """One line of a chart; nan in `y` leaves a gap. Without a name it is not labelled."""
+    """One line of a chart. NaN in `y` leaves a gap; a line without a name gets no label."""
 
     name: str
     x: Float[np.ndarray, 'P'] | Int[np.ndarray, 'P']
@@ -74,13 +74,13 @@ def line_chart(
     legend: Literal['', 'best', 'lower left'] = '',
     mark_x: float | None = None,
 ) -> Markup:
-    """Lines over a common axis, as `<svg>`.
+    """A line chart as `<svg>`.
 
     Args:
-        name: prefix of the ids in the SVG, unique in its page.
-        x_range, y_range: None is where the lines end.
-        legend: a place for a legend; without one, names stand at the ends of their lines.
-        mark_x: where to draw a dotted upright line.
+        name: prefix of the ids in the SVG, unique within the page.
+        x_range, y_range: limits of the axes; None: up to the end of the lines.
+        legend: where to put a legend; without one, names are written at the ends of the lines.
+        mark_x: where to draw a dotted vertical line.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout='constrained')
@@ -112,7 +112,7 @@ def calibration_chart(
     mean_scores: Float[np.ndarray, 'B'],
     hit_rates: Float[np.ndarray, 'B'],
 ) -> Markup:
-    """Share of hits over score, with the diagonal where they agree; below, the number of detections, logarithmic."""
+    """Share of hits over score, with the diagonal of perfect calibration; below, the number of detections (log)."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout='constrained')
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -131,7 +131,7 @@ def calibration_chart(
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over neighbours where there are more points than can be seen."""
+    """Averages neighbouring points if there are more than `MAX_POINTS`."""
     parts = -(-len(x) // MAX_POINTS)
     if parts <= 1:
         return x, y
@@ -141,9 +141,9 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _name_at_the_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Names right of the last points, moved apart where they would overlap."""
+    """Writes names to the right of the last points, moved apart if they would overlap."""
     low, high = axes.get_ylim()
-    step = 1.25 * FONT_SIZE / (0.8 * HEIGHT)  # of a line of text, in heights of the axes
+    step = 1.25 * FONT_SIZE / (0.8 * HEIGHT)  # height of a line of text, as a share of the axes
     ends = [(np.asarray(line.y)[np.isfinite(line.y)][-1] - low) / (high - low) for line in lines]
     place = -np.inf
     for index in np.argsort(ends):
@@ -154,20 +154,20 @@ def _name_at_the_ends(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _svg(figure: Figure, name: str) -> Markup:
-    paper: Any = io.StringIO()
+    text: Any = io.StringIO()
     with warnings.catch_warnings(), mpl.rc_context({'svg.hashsalt': name}):
-        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # the page's fonts will have it
-        FigureCanvasSVG(figure).print_svg(paper, metadata={'Date': None})
-    svg = paper.getvalue()
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # the browser's fonts have it
+        FigureCanvasSVG(figure).print_svg(text, metadata={'Date': None})
+    svg = text.getvalue()
     svg = svg[svg.index('<svg') :]
     svg = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>', '', svg, flags=re.DOTALL)
     svg = re.sub(
         r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-labelledby="{name}-caption">', svg, count=1
     )
     svg = re.sub(r'font-family: [^;"]*;?', '', svg)
-    svg = re.sub(r'<path d="[^"]*"\s*style="fill: #ffffff"\s*/>', '', svg)  # paper: the page's own shows through
+    svg = re.sub(r'<path d="[^"]*"\s*style="fill: #ffffff"\s*/>', '', svg)  # the white background
     svg = re.sub(r'xlink:href', 'href', svg)
-    # Ids are the same in every chart of matplotlib's, and these share a page.
+    # matplotlib uses the same ids in every chart, and these charts share a page.
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{name}-', svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f'var(--{variable})')

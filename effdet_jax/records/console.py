@@ -1,7 +1,6 @@
 """Everything that is printed: messages, progress bars, tables.
 
-`info` tells what a command is doing and is silenced by --quiet; `result` is what it was asked for; `warn` must not be
-missed.
+`info` says what a command is doing, `result` prints its result, and `warn` warns. --quiet silences only `info`.
 """
 
 import contextlib
@@ -21,28 +20,28 @@ from rich.text import Text
 Item = TypeVar('Item')
 
 SECONDS_BETWEEN_LINES = 10.0
-SECONDS_OF_SPEED = 120.0  # the time left follows the speed of the last two minutes
+SECONDS_OF_SPEED = 120.0  # the time left is estimated from the last two minutes
 
-terminal = Console()  # the only one: rich stacks nested bars, and prints above them, per console
-quiet = False  # the flag --quiet: neither bars nor `info`
+terminal = Console()  # the only one: rich can nest bars and print above them only within one console
+quiet = False  # the flag --quiet: no bars and no `info`
 
 
 class Progress:
-    """The progress of long work: a bar in a terminal, elsewhere a line at most every ten seconds and one at the end.
+    """Shows the progress of long work: a bar in a terminal, otherwise a line at most every ten seconds and at the end.
 
         with Progress(total, start, description='training') as progress:
             for step in range(start + 1, total + 1):
                 progress.update(step, {'loss': 0.43, 'images/s': 85.0, 'waiting': 0.03})
 
-    May be nested, an evaluation inside of a training. Respects NO_COLOR.
+    Can be nested: an evaluation within a training. Respects NO_COLOR.
     """
 
     def __init__(
         self, total: int, start: int = 0, unit: str = 'step', description: str = '', keep: bool = True
     ) -> None:
-        """`total` and `start` are counted in `unit`s; `keep`: whether the finished bar stays on the screen."""
+        """`total` and `start` count `unit`s. `keep`: the finished bar stays on the screen."""
         count = f'{unit} {{task.completed}}/{{task.total}}'.strip()
-        # rich counts and estimates the time left in both modes; without a terminal its display is just never started.
+        # rich counts and estimates the time left in both modes; without a terminal we never start its display.
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn('{task.description}', markup=False),
             rich.progress.TextColumn(count, markup=False),
@@ -60,7 +59,7 @@ class Progress:
         self._next_line = monotonic() + SECONDS_BETWEEN_LINES
 
     def update(self, completed: int, values: Mapping[str, SupportsFloat] | None = None) -> None:
-        """Says how far the work is. Cheap, so call it every step; `values` stay until the next ones."""
+        """Sets how much is completed. Cheap enough for every step; `values` are shown until the next ones."""
         task = self._bar.tasks[0]
         shown = task.fields['values'] if values is None else '  '.join(map(_shown, values, values.values()))
         self._bar.update(task.id, completed=completed, values=shown)
@@ -79,7 +78,7 @@ class Progress:
 
 
 def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
-    """Passes the items on and shows how many of them are done, for loops such as evaluation and prediction."""
+    """Yields the items and shows how many are done."""
     with Progress(total, unit='', description=description, keep=False) as progress:
         for count, item in enumerate(items, start=1):
             yield item
@@ -88,7 +87,7 @@ def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]
 
 @contextlib.contextmanager
 def stage(description: str) -> Iterator[None]:
-    """A spinner beside `description` on a terminal; when it is done, a line that says how long it took."""
+    """Shows a spinner beside `description` in a terminal, and at the end a line with the time it took."""
     start = perf_counter()
     with terminal.status(description) if _has_terminal() else contextlib.nullcontext():
         yield
@@ -96,27 +95,27 @@ def stage(description: str) -> Iterator[None]:
 
 
 def info(line: str) -> None:
-    """Prints what a command is doing, above the bar where there is one. Not with --quiet."""
+    """Prints what a command is doing, above the progress bar if there is one. Silent with --quiet."""
     if not quiet:
         result(line)
 
 
 def warn(line: str) -> None:
-    """Prints what must not be missed, also with --quiet."""
+    """Prints a warning, even with --quiet."""
     result(f'WARNING: {line}')
 
 
 def result(line: str) -> None:
-    """Prints what the command was asked for, also with --quiet."""
-    with contextlib.suppress(OSError):  # a full disk that takes the output, a terminal that is gone: no reason to end
+    """Prints the result of a command, even with --quiet."""
+    with contextlib.suppress(OSError):  # output to a full disk or a closed terminal must not end a run
         terminal.out(line, highlight=False)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = '') -> str:
-    """A Markdown table, fit for the terminal (`info(table(...))`) and for the README of an experiment.
+    """A Markdown table, for the terminal (`info(table(...))`) and for README files.
 
-    Floats get three decimals (format them yourself for others), whole numbers thousands separators, None and nan a
-    dash; columns of numbers are set flush right.
+    Floats get three decimals (pass a string for another format), integers thousands separators, None and NaN a dash.
+    Columns of numbers are right-aligned.
     """
     rows = [list(row) for row in rows]
     grid = Table(box=rich.box.MARKDOWN)
@@ -125,14 +124,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = '')
         grid.add_column(Text(name), justify='left' if is_text else 'right')
     for row in rows:
         grid.add_row(*(Text(_cell(value)) for value in row))
-    paper = io.StringIO()
-    Console(file=paper, width=10_000, color_system=None).print(grid)
-    lines = [line.strip() for line in paper.getvalue().strip().splitlines()]
+    text = io.StringIO()
+    Console(file=text, width=10_000, color_system=None).print(grid)
+    lines = [line.strip() for line in text.getvalue().strip().splitlines()]
     return '\n'.join([title, *lines] if title else lines)
 
 
 def _has_terminal() -> bool:
-    """Whether something that moves may be drawn. FORCE_COLOR makes no pipe a terminal."""
+    """Whether bars can be drawn. With FORCE_COLOR rich would take a pipe for a terminal, hence isatty."""
     return terminal.is_interactive and terminal.file.isatty() and not quiet
 
 

@@ -1,4 +1,4 @@
-"""Files that are either old or new and never half written, that grow by whole records, that belong to one process."""
+"""Safe files: replaced atomically, appended to by whole records, or locked by one process."""
 
 import contextlib
 import json
@@ -14,16 +14,16 @@ from effdet_jax.runtime import process
 
 try:
     import fcntl
-except ImportError as error:  # commands have said it before, in one line
+except ImportError as error:  # commands print this as one line before they import anything (commands/cli.py)
     raise ImportError(process.problem()) from error
 
-MAX_WAITING = 1 << 26  # bytes of records that wait for a disk to take them
+MAX_PENDING = 1 << 26  # bytes of records kept in memory while the disk refuses them
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path` and renames, so that a reader or a crash sees the old file or the new one. Makes folders.
+    """Replaces `path`: readers and crashes see either the old file or the new one. Creates parent folders.
 
-    Returns once the disk has it: a power cut does not undo it, and never leaves an empty file.
+    Returns once the content is on the disk, so a power cut neither undoes it nor leaves an empty file.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
@@ -32,7 +32,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns once the disk has what a file holds, or which names a folder has."""
+    """Returns once the content of a file, or the list of names in a folder, is on the disk."""
     is_folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -46,14 +46,14 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Returns once the disk has everything below `folder`, and `folder` itself."""
+    """Returns once `folder` and everything below it is on the disk."""
     for path in (*folder.rglob('*'), folder, folder.parent):
         sync(path)
 
 
 @contextlib.contextmanager
 def json_list(path: Path) -> Iterator[Callable[[Iterable[Any]], None]]:
-    """A file that becomes one JSON list, by the items: `with json_list(path) as write: write([1, 2]); write([3])`."""
+    """Writes one JSON list piece by piece: `with json_list(path) as write: write([1, 2]); write([3])`."""
     with replacing(path) as temporary, temporary.open('w', encoding='utf-8') as file:
         before = '['
 
@@ -69,9 +69,9 @@ def json_list(path: Path) -> Iterator[Callable[[Iterable[Any]], None]]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path`, of the same ending, for a file or folder; it takes that one's place if the block ends well.
+    """Yields a temporary path with the same suffix beside `path`, and renames it to `path` if the block succeeds.
 
-    A folder does not take the place of one that holds something.
+    Works for files and folders, but a folder that is not empty cannot be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{os.getpid()}.tmp.{path.name}')
@@ -79,45 +79,54 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     finally:
-        with contextlib.suppress(OSError):  # a folder that cannot be written has an error of its own to tell
+        with contextlib.suppress(OSError):  # must not hide the error of the block
             if temporary.is_dir():
                 shutil.rmtree(temporary)
             temporary.unlink(missing_ok=True)
 
 
-class Appender:
-    """Adds records to a file, which holds whole ones only, and outlives a disk that takes none for a while.
+@contextlib.contextmanager
+def explaining_write_errors(path: object, advice: str) -> Iterator[None]:
+    """Turns an OSError of the block into a UserError that says that `path` cannot be written, and gives `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror or error}): {advice}') from error
 
-    What the disk refuses waits in memory and goes first when it takes records again. Beyond 64 MiB the oldest go.
-    The file is made by the first record.
+
+class Appender:
+    """Appends whole records to a file, and survives a disk that refuses them for a while.
+
+    Refused records are kept in memory and written first when the disk accepts data again. Beyond 64 MiB the oldest are
+    dropped. The first record creates the file.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._waiting = path, list[bytes]()
-        self._descriptor, self._whole = -1, 0  # _whole: bytes of whole records in the file
+        self._path, self._pending = path, list[bytes]()
+        self._descriptor, self._size = -1, 0  # _size: bytes of whole records in the file
 
     def append(self, record: bytes) -> OSError | None:
-        """Once this returns None, the record outlives the process (and `sync` makes it outlive the machine)."""
-        self._waiting.append(record)
+        """Once this returns None, the record survives the end of the process; after `sync` also a power cut."""
+        self._pending.append(record)
         try:
             if self._descriptor < 0:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-                self._whole = os.fstat(self._descriptor).st_size
-            while self._waiting:
-                os.ftruncate(self._descriptor, self._whole)  # what an earlier attempt has left of a record
-                rest = memoryview(self._waiting[0])
+                self._size = os.fstat(self._descriptor).st_size
+            while self._pending:
+                os.ftruncate(self._descriptor, self._size)  # cuts off a record that was written in part
+                rest = memoryview(self._pending[0])
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
-                self._whole += len(self._waiting.pop(0))
+                self._size += len(self._pending.pop(0))
         except OSError as error:
-            while sum(map(len, self._waiting)) > MAX_WAITING:
-                self._waiting.pop(0)
+            while sum(map(len, self._pending)) > MAX_PENDING:
+                self._pending.pop(0)
             return error
         return None
 
     def sync(self) -> None:
-        """Returns once the disk itself has what was appended. A disk that cannot is told of by the next record."""
+        """Returns once everything appended is on the disk. If that fails, the next `append` returns the error."""
         with contextlib.suppress(OSError):
             if self._descriptor >= 0:
                 os.fsync(self._descriptor)
@@ -130,19 +139,16 @@ class Appender:
 
 @contextlib.contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Holds `folder` (made where missing) for this process. The kernel lets go when the process ends, however it ends.
+    """Locks `folder` for this process, and creates it if needed. The kernel unlocks it when the process ends.
 
-    flock rather than a file that exists: such a file outlives a killed process and then has to be removed by hand.
+    Uses flock because a plain lock file would outlive a killed process and would have to be removed by hand.
 
     Raises:
-      UserError: where another process holds the folder, or nothing can be written there.
+      UserError: if another process has locked the folder, or it cannot be written.
     """
-    path = folder / '.lock'
-    try:
+    with explaining_write_errors(folder, 'choose another --workdir'):
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open('a+b', buffering=0)
-    except OSError as error:
-        raise UserError(f'{folder} cannot be written ({error.strerror}): choose another --workdir') from error
+        file = (folder / '.lock').open('a+b', buffering=0)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,8 +159,8 @@ def only_process(folder: Path) -> Iterator[None]:
                 f'{folder} is in use by {holder}: wait for it, stop it, or choose another --workdir'
             ) from error
         except OSError:
-            pass  # a file system without locks (some FUSE mounts): then it is up to the user
-        with contextlib.suppress(OSError):  # the lock holds on a full disk too; only its name is missing then
+            pass  # a file system without locks (some FUSE mounts): we cannot protect the folder there
+        with contextlib.suppress(OSError):  # on a full disk the lock works; only its owner's name is missing
             file.truncate(0)
             file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
         yield

@@ -1,6 +1,4 @@
-"""A feature network drawn from its table of nodes: levels are rows, P3 at the bottom, and what is computed later stands
-further right.
-"""
+"""Draws a feature network from its table of nodes: one row per level, P3 at the bottom, computed from left to right."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +14,12 @@ from effdet_jax.errors import UserError
 from effdet_jax.records.files import replacing
 from effdet_jax.records.pictures import PALETTE
 
-RADIUS = 0.21  # of a node, where the rows are 1 apart
+# Lengths in units: rows are 1 apart.
+RADIUS = 0.21  # of a node
 GAP = 1.25  # between columns
-STEEPEST = 1.9  # rows that an edge may climb in one unit to the right; more moves the columns apart
-LEFT, MARGIN = 0.8, 1.05  # of the nodes, for the names of the levels; right: to the end of the arrows
-INCHES = 0.62  # of a unit
+STEEPEST = 1.9  # rows that an edge may climb per unit to the right; steeper edges move the columns apart
+LEFT, MARGIN = 0.8, 1.05  # space left of the nodes, for the level names, and right of them, for the arrows
+INCHES = 0.62  # per unit
 SUFFIXES = ('.png', '.svg')
 INK, MUTED, CELL = '#222222', '#767676', '#f3f4f6'
 EDGES = {1: ('#d55e00', 'from below'), 0: (MUTED, 'same level'), -1: ('#0072b2', 'from above')}
@@ -31,13 +30,13 @@ Place = tuple[float, float]
 
 
 def save_drawing(path: Path, table: Table, min_level: int, title: str, cells: int = 1) -> None:
-    """Writes `draw_network`'s picture, an SVG or a PNG by the name of the file.
+    """Writes the picture of `draw_network` as SVG or PNG, by the suffix of `path`.
 
     Raises:
-      UserError: where the name ends otherwise.
+      UserError: for another suffix.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f'{path} is neither SVG nor PNG: end the name of the picture in .svg or .png')
+        raise UserError(f'{path} is neither SVG nor PNG: choose a name that ends in .svg or .png')
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size_in_inches(table, min_level), layout='constrained')
         draw_network(figure.add_subplot(), table, min_level, title, cells)
@@ -47,13 +46,13 @@ def save_drawing(path: Path, table: Table, min_level: int, title: str, cells: in
 
 
 def draw_network(axes: Axes, table: Table, min_level: int, title: str, cells: int = 1, legend: bool = True) -> None:
-    """Draws one cell, with the number of its repeats.
+    """Draws one cell and the number of its repeats.
 
     Args:
-      table: the nodes in the order of their computation. Inputs have the ids 0..L-1, node k has L + k, and the last
-        node of each level is its output, as in `model.feature_network`, whose tables these are.
-      min_level: of input 0.
-      legend: what the colours mean.
+      table: a table of `model.feature_network`, nodes in the order of computation. Inputs have the ids 0..L-1, node k
+        has the id L + k, and the last node of each level is its output.
+      min_level: the level of input 0.
+      legend: whether to explain the colours.
     """
     places = _places(table, min_level)
     count, right = len(places) - len(table), max(x for x, _ in places)
@@ -89,7 +88,7 @@ def draw_network(axes: Axes, table: Table, min_level: int, title: str, cells: in
 
 
 def add_legend(axes: Any, attention: bool) -> None:
-    """What the colours mean, below `axes`, or below a whole figure."""
+    """Explains the colours, below `axes` or below a whole figure."""
     lines = [Line2D([], [], color=color, label=name) for color, name in EDGES.values()]
     if attention:
         ring = {'marker': 'o', 'markersize': 8, 'markerfacecolor': 'white', 'markeredgewidth': 2.4}
@@ -102,22 +101,23 @@ def add_legend(axes: Any, attention: bool) -> None:
 
 
 def size_in_inches(table: Table, min_level: int) -> tuple[float, float]:
-    """Of a picture with title and legend."""
+    """Width and height of a picture with title and legend."""
     width, height = extent(table, min_level)
     return max(4.6, INCHES * width), INCHES * height + 0.85
 
 
 def extent(table: Table, min_level: int) -> tuple[float, float]:
-    """(width, height) of a network without its title; rows are 1 apart."""
+    """(width, height) of a network without title, in units."""
     places = _places(table, min_level)
     return max(x for x, _ in places) + LEFT + MARGIN + 0.6, len(places) - len(table) + 0.25
 
 
 def columns_of(table: Table, min_level: int) -> list[int]:
-    """Column of every input, 0, and of every node.
+    """The column of every input, which is 0, and of every node.
 
-    A node goes into the column of the one before it while its level is free there and what it reads there is next to
-    it. A column is a walk from level to level, or nodes that do not read each other; where one ends the next begins.
+    A column is either a walk, in which every node reads its neighbour one level above or below, or a set of nodes that
+    do not read each other. A node joins the current column if its level is free there and the column stays of one
+    kind; otherwise it begins the next column.
     """
     count = len({level for level, _, _ in table})
     levels = [*range(min_level, min_level + count), *(level for level, _, _ in table)]
@@ -135,7 +135,7 @@ def columns_of(table: Table, min_level: int) -> list[int]:
 
 
 def _places(table: Table, min_level: int) -> list[Place]:
-    """Of the inputs and the nodes."""
+    """(x, y) of the inputs and the nodes."""
     columns = columns_of(table, min_level)
     count = len(columns) - len(table)
     levels = [*range(min_level, min_level + count), *(level for level, _, _ in table)]
@@ -150,7 +150,7 @@ def _places(table: Table, min_level: int) -> list[Place]:
 
 
 def _edge(axes: Axes, nodes: Sequence[Circle], source: int, target: int) -> None:
-    """A straight arrow, or an arc over what stands between two nodes of the same level."""
+    """Draws a straight arrow, or an arc over the nodes between two nodes of the same level."""
     (x1, y1), (x2, y2) = nodes[source].center, nodes[target].center
     between = sum(y == y1 == y2 and x1 < x < x2 for x, y in (node.center for node in nodes))
     color, _ = EDGES[(y2 > y1) - (y2 < y1)]
@@ -159,7 +159,7 @@ def _edge(axes: Axes, nodes: Sequence[Circle], source: int, target: int) -> None
 
 
 def _arrow(axes: Axes, start: Circle, end: Circle | Place, color: str, bend: float = 0.0) -> None:
-    """`bend`: how far it bends upwards, as a share of its length."""
+    """Draws an arrow. `bend`: how far it bends upwards, as a share of its length."""
     to_node = isinstance(end, Circle)
     axes.add_patch(
         FancyArrowPatch(

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int, UInt8
 from effdet_jax.errors import UserError
 from effdet_jax.records.files import replacing
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; further classes get darker and lighter shades of them.
+# The colour-blind safe palette of Okabe and Ito; further classes get darker and lighter shades.
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (0, 114, 178), (213, 94, 0))
-SHADES = ((0, 0.0), (0, 0.45), (255, 0.5))  # (towards this grey, by this much)
+SHADES = ((0, 0.0), (0, 0.45), (255, 0.5))  # (grey to blend with, its share)
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-MIN_LONG_SIDE = 640  # smaller images are enlarged: nobody could read text in their own pixels
-GAP = 12  # pixels between pictures that are put together
+MIN_LONG_SIDE = 640  # smaller images are enlarged, to make the text readable
+GAP = 12  # pixels between the pictures of a grid
 
 
 class _Tag(NamedTuple):
@@ -36,9 +36,9 @@ def draw_boxes(
 ) -> UInt8[np.ndarray, 'H2 W2 3']:
     """A copy of the RGB image with every box, the name of its class and its score.
 
-    A class has the same colour in every picture. Boxes are in pixels of `image`, which is enlarged if its longer side
-    has less than 640 pixels, unless its size must stay (`enlarge=False`, a frame of a video). The best scores are drawn
-    last, and their tags choose their place first.
+    A class has the same colour in every picture. Boxes are in pixels of `image`. An image whose longer side is below
+    640 pixels is enlarged unless `enlarge` is False, as for video frames. Boxes with the best scores are drawn on top,
+    and their tags are placed first.
     """
     factor = max(1.0, MIN_LONG_SIDE / max(image.shape[:2])) if enlarge else 1.0
     canvas = (
@@ -86,32 +86,32 @@ def side_by_side(
 
 
 def grid(images: Sequence[UInt8[np.ndarray, '_ _ 3']], columns: int) -> UInt8[np.ndarray, 'H W 3']:
-    """RGB pictures in rows of `columns`, on white, in tiles of the largest height and width. At least one picture."""
+    """At least one RGB picture in rows of `columns`, on white, in tiles of the largest height and width."""
     height, width = np.max([image.shape[:2] for image in images], axis=0)
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
-    paper = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    canvas = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
     for index, image in enumerate(images):
         top, left = (index // columns) * (height + GAP), (index % columns) * (width + GAP)
-        paper[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return paper
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return canvas
 
 
 def write_image(path: Path, rgb: UInt8[np.ndarray, 'H W 3']) -> None:
-    """Writes a PNG, JPEG or WebP by the name's ending, never half a file. Makes the folder.
+    """Writes a PNG, JPEG or WebP, by the suffix of `path`, atomically. Creates parent folders.
 
     Raises:
-        UserError: an ending that is no picture format.
+        UserError: for another suffix.
     """
     if path.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'):
-        raise UserError(f'{path}: cannot write a picture of this type; end the name in .png, .jpg or .webp')
+        raise UserError(f'{path}: cannot write a picture of this type: choose a name that ends in .png, .jpg or .webp')
     _, content = cv2.imencode(path.suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
     with replacing(path) as temporary:
         temporary.write_bytes(content.tobytes())
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """The RGB colour of a class: 21 different ones, then again from the first."""
+    """The RGB colour of a class; 21 colours, then they repeat."""
     grey, amount = SHADES[label // len(PALETTE) % len(SHADES)]
     red, green, blue = (round((1 - amount) * channel + amount * grey) for channel in PALETTE[label % len(PALETTE)])
     return red, green, blue
@@ -123,7 +123,7 @@ def _draw_frame(canvas: np.ndarray, box_xyxy: np.ndarray, color: tuple[int, int,
 
 
 def _draw_tags(canvas: np.ndarray, tags: Sequence[_Tag], line_width: int, font_size: int) -> None:
-    """A filled tag at every box; the last tags choose their places first and are drawn on top."""
+    """Draws a filled tag at every box; the last tags are placed first and drawn on top."""
     sizes = [(_text_width(tag.text, font_size) + font_size // 2, round(1.3 * font_size)) for tag in tags]
     places: list[np.ndarray] = []
     for tag, size in zip(reversed(tags), reversed(sizes), strict=True):
@@ -137,7 +137,7 @@ def _draw_tags(canvas: np.ndarray, tags: Sequence[_Tag], line_width: int, font_s
 def _free_place(
     box_xyxy: np.ndarray, size: tuple[int, int], line_width: int, shape: tuple[int, ...], taken: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Where a tag (xyxy) hides the least of other tags: above its box, below, or inside, always within the image."""
+    """The place (xyxy) above, below or inside the box, but within the image, where a tag covers other tags least."""
     (width, height), (x1, y1, x2, y2), edge = size, box_xyxy.tolist(), line_width // 2 + 1
     left, right = x1 - edge, x2 + edge + 1 - width
     above, top, bottom, below = y1 - height, y1 - edge, y2 + edge + 1 - height, y2 + 1

@@ -1,4 +1,4 @@
-"""Where a run was made: a line in `sessions.jsonl` at every start, so that a report made elsewhere can say so."""
+"""Where a run was trained: every start adds a line to `sessions.jsonl`, for reports that are written elsewhere."""
 
 import contextlib
 import json
@@ -20,9 +20,9 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
 def describe_session(step: int, devices: str) -> dict[str, Any]:
-    """`step` from which it goes on, `started` (UTC), `command`, `devices`, `host`, `system`, `versions`, `commit`.
+    """The fields `step`, `started` (UTC), `command`, `devices`, `host`, `system`, `versions` and `commit`.
 
-    `commit` is the one of this code, '' where git does not know.
+    `step` is where the session starts. `commit` is the git commit of this code, or '' if it is not a git checkout.
     """
     return {
         'step': step,
@@ -37,16 +37,16 @@ def describe_session(step: int, devices: str) -> dict[str, Any]:
 
 
 def record_session(workdir: Path, step: int, devices: str) -> None:
-    """Adds a line about this process to the work directory. A full disk costs the line, and not the run."""
+    """Adds a line about this process to the work directory. On a full disk the line is lost; the run goes on."""
     with contextlib.closing(Appender(workdir / FILE)) as lines:
         lines.append((json.dumps(describe_session(step, devices)) + '\n').encode())
 
 
 def read_sessions(workdir: Path) -> list[dict[str, Any]]:
-    """All sessions of a run, oldest first; none of a run that recorded none.
+    """All sessions of a run, oldest first; empty if none was recorded.
 
     Raises:
-        UserError: a line that is no JSON object.
+        UserError: for a line that is not JSON.
     """
     path = workdir / FILE
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
@@ -57,7 +57,7 @@ def read_sessions(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _processor() -> str:
-    """The model's name where Linux tells it."""
+    """The model name from /proc/cpuinfo on Linux, otherwise what Python knows."""
     cpuinfo = Path('/proc/cpuinfo')
     lines = cpuinfo.read_text(encoding='utf-8', errors='replace').splitlines() if cpuinfo.exists() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]

@@ -1,4 +1,4 @@
-"""The same curves and pictures in Weights & Biases, where `config.log.wandb` asks for it and `wandb` is installed."""
+"""Logs the curves and pictures to Weights & Biases too, if `config.log.wandb` is set and `wandb` is installed."""
 
 import uuid
 from collections.abc import Mapping
@@ -11,38 +11,38 @@ from jaxtyping import UInt8
 from effdet_jax.errors import UserError
 from effdet_jax.records.files import write_atomically
 
-ID_FILE = 'wandb.id'  # in the work directory, so that a run that continues goes on in the same one over there
+ID_FILE = 'wandb.id'  # in the work directory; a continued run continues the same run there
 
 
 def import_wandb(project: str) -> Any:
-    """The module.
+    """The module `wandb`.
 
     Raises:
-      UserError: where it is not installed.
+      UserError: if it is not installed.
     """
     try:
         import wandb  # type: ignore[import-not-found]  # optional
     except ImportError:
         wandb = None
-    if not hasattr(wandb, 'init'):  # a folder ./wandb, which it leaves behind, can be imported too
+    if not hasattr(wandb, 'init'):  # Python also imports the folder ./wandb that earlier runs leave behind
         raise UserError(
-            f'config.log.wandb={project!r} asks for Weights & Biases, which is not installed: pip install wandb, or '
+            f'config.log.wandb={project!r} needs Weights & Biases, which is not installed: pip install wandb, or set '
             "--config.log.wandb=''"
         )
     return wandb
 
 
 class WandbRun:
-    """The run of a work directory in the project `project`, or `entity/project`; WANDB_MODE=offline needs no network.
+    """The run of a work directory in `project`, or in `entity/project`. WANDB_MODE=offline works without a network.
 
-    Steps are a metric of their own: those that are repeated after a crash have the same values and lie on the old ones.
+    Steps are logged as a metric, because W&B ignores steps that go back, as they do after a crash.
     """
 
     def __init__(self, project: str, workdir: Path) -> None:
-        """Begins the run, or continues the one that the work directory remembers.
+        """Begins a run, or continues the one whose id is stored in the work directory.
 
         Raises:
-          UserError: where Weights & Biases refuses.
+          UserError: if Weights & Biases refuses, for example without a login.
         """
         self._wandb = import_wandb(project)
         entity, _, name = project.rpartition('/')
@@ -55,7 +55,8 @@ class WandbRun:
             )
         except self._wandb.Error as error:
             raise UserError(
-                f'config.log.wandb={project!r}: {error}: wandb login, or WANDB_MODE=offline, or --config.log.wandb='
+                f'config.log.wandb={project!r}: {error}: run `wandb login`, or set WANDB_MODE=offline or '
+                '--config.log.wandb='
             ) from error
         self._run.define_metric('step')
         self._run.define_metric('*', step_metric='step')

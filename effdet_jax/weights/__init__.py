@@ -1,4 +1,4 @@
-"""Weights of other implementations, by name."""
+"""Weights of other implementations, matched by name."""
 
 from effdet_jax.weights.names import from_official
 

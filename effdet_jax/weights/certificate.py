@@ -1,4 +1,4 @@
-"""Proof that two networks compute the same: our outputs, layer by layer, beside reference outputs."""
+"""Verifies imported weights: compares our outputs with reference outputs, layer by layer."""
 
 import zipfile
 import zlib
@@ -12,56 +12,57 @@ import numpy as np
 
 from effdet_jax.errors import UserError
 
-TOLERANCE = 2e-5  # of a map's largest value, in float32
+TOLERANCE = 2e-5  # relative to the largest value of an output, in float32
 MIN_LEVEL = 3
 
-_OF_THE_INPUT = ('image', 'image_shape')
-_ABOUT_THE_FILE = ('variables', 'num_classes')
+_NO_OUTPUTS = ('image', 'image_shape', 'variables', 'num_classes')
 
 
 class Row(NamedTuple):
-    """One map: the largest difference, absolute and relative to the largest value of the reference."""
+    """The largest difference of one output, absolute and relative to the largest value of the reference."""
 
     name: str
     shape: tuple[int, ...]
-    largest: float
+    largest: float  # value of the reference
     difference: float
     relative: float
 
 
 def read_reference(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(normalised input float32 [B, H, W, 3], {name: output}) of an .npz.
+    """(normalised input float32 [B, H, W, 3], {name: output}) from an .npz file.
 
-    Its input is `image`, or the fixed one of the shape `image_shape`: standard normal numbers, seeded with the CRC-32
-    of 'image'. Every other array is an output, NHWC: `feature_p3`, ..., `class_p3`, `box_p3`, ... or the path of a
-    layer in our tree, such as `backbone/blocks_3/dw_conv`; a layer that all levels share has one output for each,
+    The input is the array `image`, or is generated from `image_shape`: standard normal, seeded with the CRC-32 of
+    'image'. The other arrays are outputs, NHWC: `feature_p3`, ..., `class_p3`, `box_p3`, ... or the path of a layer in
+    our tree, such as `backbone/blocks_3/dw_conv`. A layer shared by all levels has one output per level, as in
     `class_net/conv_0@p3`.
 
     Raises:
-      UserError: where the file is missing, damaged or without input or outputs.
+      UserError: if the file is missing or damaged, or has no input or no outputs.
     """
     try:
         with np.load(path) as file:
             arrays = dict(file)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f'{path}: no readable .npz of reference outputs ({error}): give --certify one') from error
+        raise UserError(f'{path} is not a readable .npz file ({error}): give --certify reference outputs') from error
     if 'image' in arrays:
         image = arrays['image'].astype(np.float32)
     elif 'image_shape' in arrays:
         image = np.random.default_rng(zlib.crc32(b'image')).standard_normal(arrays['image_shape']).astype(np.float32)
     else:
-        raise UserError(f'{path}: neither image nor image_shape in it: say what input the outputs belong to')
-    outputs = {name: array for name, array in arrays.items() if name not in _OF_THE_INPUT + _ABOUT_THE_FILE}
+        raise UserError(f'{path} has no input: add the array image or image_shape')
+    outputs = {name: array for name, array in arrays.items() if name not in _NO_OUTPUTS}
     if image.ndim != 4 or image.shape[-1] != 3 or not outputs:
-        raise UserError(f'{path}: needed are an image [B, H, W, 3], found {image.shape}, and at least one output')
+        raise UserError(
+            f'{path} has an image of shape {image.shape} and {len(outputs)} outputs: give [B, H, W, 3] and at least one'
+        )
     return image, outputs
 
 
 def layer_outputs(model: Any, variables: Any, images: np.ndarray, wanted: Collection[str]) -> dict[str, np.ndarray]:
-    """What the layers named in `wanted` return for normalised images, names as in `read_reference`.
+    """The outputs of the layers in `wanted` for normalised images, by the names of `read_reference`.
 
     Raises:
-      UserError: for a name that no layer has.
+      UserError: for a name that is no layer of the model.
     """
     layers = {name.partition('@')[0] for name in wanted}
 
@@ -85,12 +86,12 @@ def layer_outputs(model: Any, variables: Any, images: np.ndarray, wanted: Collec
         shared = [f'{layer}@p{MIN_LEVEL + i}' for i in range(len(calls))]
         ours |= dict(zip([layer] if len(calls) == 1 else shared, map(np.asarray, calls), strict=True))
     if unknown := sorted(set(wanted) - ours.keys()):
-        raise UserError(f'the reference has outputs of {", ".join(unknown[:3])}, and the model has no such layer')
+        raise UserError(f'the reference has outputs of {", ".join(unknown[:3])}, which are no layers of this model')
     return {name: ours[name] for name in wanted}
 
 
 def _by_level(name: str, rows: jax.Array, features: Mapping[int, Any], model: Any) -> dict[str, np.ndarray]:
-    """[B, N, outputs], ordered level, y, x, anchor -> {'class_p3': [B, H, W, anchors * outputs], ...}."""
+    """[B, N, outputs], ordered by level, y, x, anchor -> {'class_p3': [B, H, W, anchors * outputs], ...}."""
     height, width = features[MIN_LEVEL].shape[1:3]
     maps, first = {}, 0
     for level in range(MIN_LEVEL, model.max_level + 1):
@@ -105,13 +106,13 @@ def compare(ours: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray])
     """A row for each reference output, in the order of the file.
 
     Raises:
-      UserError: where shapes differ.
+      UserError: if shapes differ.
     """
     rows = []
     for name, theirs in reference.items():
         a, b = np.asarray(ours[name], np.float64), np.asarray(theirs, np.float64)
         if a.shape != b.shape:
-            raise UserError(f'{name} is {list(b.shape)} in the reference and {list(a.shape)} here')
+            raise UserError(f'{name} has shape {list(b.shape)} in the reference but {list(a.shape)} in this model')
         largest, difference = float(np.abs(b).max()), float(np.abs(a - b).max())
         rows.append(Row(name, b.shape, largest, difference, difference / max(largest, 1e-30)))
     return rows

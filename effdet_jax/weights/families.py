@@ -1,4 +1,4 @@
-"""Whose weights are these? From the names in a file to one family, with names as `names.SCHEMES` spells them."""
+"""Recognises which implementation a weights file comes from, and converts its names to those of `names.SCHEMES`."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,16 +12,16 @@ from effdet_jax.weights.names import SCHEMES, Scheme
 
 
 class Recognised(NamedTuple):
-    """`arrays` by the scheme's names; `unused`: {name in the file: why it is of no use here}."""
+    """The weights in a file, recognised by their names."""
 
     family: str  # official, effdet, timm, port
     scheme: Scheme
-    whole: bool  # a detector; else a backbone alone
-    arrays: dict[str, np.ndarray]
-    unused: dict[str, str]
+    is_detector: bool  # otherwise only a backbone
+    arrays: dict[str, np.ndarray]  # by the names of the scheme
+    unused: dict[str, str]  # name in the file -> why it is not used
 
 
-# The first of these that is among a file's names tells the family: (name, family, scheme).
+# (regex, family, scheme): the first regex that matches a name in the file decides.
 _MARKS = (
     (r'efficientnet-\w+/stem/conv2d/kernel', 'official', 'keras'),
     (r'backbone/_stem/_conv_stem/kernel', 'official', 'objects'),
@@ -31,16 +31,16 @@ _MARKS = (
 )
 _DETECTOR = re.compile(r'(class_net|box_net|fpn|fpn_cells)[/.]')
 
-# Around the names, from the outside in.
+# Prefixes and suffixes around the names, replaced in this order.
 _WRAPPERS = (
     (r'/\.ATTRIBUTES/VARIABLE_VALUE$', ''),  # TensorFlow objects
     (r':0$', ''),  # Keras
-    (r'^(model/|module\.|model\.)+', ''),  # what training code wraps around a model
-    (r'^([^/]+)/\1/', r'\1/'),  # Keras files repeat the layer before its variables
+    (r'^(model/|module\.|model\.)+', ''),  # added by training code
+    (r'^([^/]+)/\1/', r'\1/'),  # Keras repeats the layer before its variables
     # Some PyTorch detectors order batch norm by level, then by repeat.
     (r'^(class|box)_net\.bn_rep\.(\d+)\.(\d+)\.(?!bn\.)', r'\1_net.bn_rep.\3.\2.bn.'),
 )
-_OF_NO_USE = (
+_UNUSED = (
     (r'.*/(Momentum|Adam|Adam_1|RMSProp|RMSProp_1)$|(.*/)?optimizer/.*|.*/\.OPTIMIZER_SLOT/.*', 'optimizer state'),
     (r'global_step|(.*/)?(iter|iterations|save_counter)|_CHECKPOINTABLE_OBJECT_GRAPH|beta\d_power', 'bookkeeping'),
     (r'.*num_batches_tracked', 'bookkeeping'),
@@ -49,22 +49,22 @@ _OF_NO_USE = (
 _AVERAGE = '/ExponentialMovingAverage'
 
 
-# What a part of a path says of the published weights in it: (pattern, family or '' for all of them, variant).
+# (pattern in a folder or file name, family or '' for all, variant of the published weights)
 _VARIANTS = (
     (r'adv-?prop|adv-efficientnet', '', 'advprop'),
     (r'efficient(det|net)_(b|d)\d[._]ap(?![a-z0-9])', '', 'advprop'),  # effdet, timm
     (r'coco640|efficientdet-d\d-640', 'official', '640'),
-    (r'coco2(?!\d)|ckptsaug', 'official', 'plain'),  # the official files of both are called the same
+    (r'coco2(?!\d)|ckptsaug', 'official', 'plain'),  # official plain and AdvProp files have the same names
     (r'efficient(det|net)_(b|d|lite)\d', 'effdet', 'plain'),
     (r'efficient(det|net)_(b|d|lite)\d', 'timm', 'plain'),
 )
 
 
 def variant_of(family: str, path: PurePath) -> tuple[str, str]:
-    """(variant, the part of the path that says so) of weights by the file or, before that, the nearest folder.
+    """(variant of the weights, the part of the path that tells it), by the file name, then by the nearest folder.
 
-    'plain'; 'advprop': images were scaled to -1..1; '640': trained on 640x640 pixels, whatever its size; '' where no
-    part says anything. The arrays of all of them have the same names and shapes.
+    The variants are 'plain', 'advprop' (images scaled to -1..1), '640' (trained at 640x640 pixels, for any D-number)
+    and '' if the path does not tell. The arrays of all variants have the same names and shapes.
     """
     for part in reversed(path.parts):
         for pattern, of_family, variant in _VARIANTS:
@@ -74,13 +74,17 @@ def variant_of(family: str, path: PurePath) -> tuple[str, str]:
 
 
 def recognise(arrays: Mapping[str, np.ndarray]) -> Recognised:
-    """Raises UserError where the names belong to no known family, showing some of them."""
-    unused = {name: why for name in arrays if (why := _why_of_no_use(_unwrap(name)))}
-    named: dict[str, str] = {}  # canonical -> in the file
+    """The family and the weights of a file.
+
+    Raises:
+      UserError: if the names belong to no known family.
+    """
+    unused = {name: why for name in arrays if (why := _why_unused(_unwrap(name)))}
+    named: dict[str, str] = {}  # name of the scheme -> name in the file
     for name in sorted(arrays.keys() - unused.keys(), key=lambda n: _AVERAGE in n):  # averages last: they win
         plain = _unwrap(name.replace(_AVERAGE, ''))
         if plain in named:
-            unused[named[plain]] = 'its moving average is used' if _AVERAGE in name else f'stands twice, as {name}'
+            unused[named[plain]] = 'its moving average is used' if _AVERAGE in name else f'duplicate of {name}'
         named[plain] = name
     family, scheme = _family(named, list(arrays))
     if family == 'timm':
@@ -94,51 +98,51 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> Recognised:
     )
 
 
-class Size(NamedTuple):
-    """What tells the members of the family apart; the file's counts, 0 for what it does not have."""
+class ModelSize(NamedTuple):
+    """The numbers in which D0 to D7x and the Lite models differ; 0 for what a backbone does not have."""
 
     blocks: int
-    squeezes: bool  # squeeze-excite, which Lite has not
+    squeeze_excite: bool  # False for Lite
     cells: int
     channels: int
     head_layers: int
 
     def __str__(self) -> str:
-        backbone = f'{self.blocks} blocks with{"" if self.squeezes else "out"} squeeze-excite'
+        backbone = f'{self.blocks} blocks with{"" if self.squeeze_excite else "out"} squeeze-excite'
         if not self.channels:
-            return f'{backbone}, a backbone alone'
+            return f'{backbone}, backbone only'
         return f'{backbone}, {self.cells} cells of {self.channels} channels, {self.head_layers} head layers'
 
 
-def size_of(found: Recognised) -> Size:
-    """The size of the model a file is of."""
+def size_of(weights: Recognised) -> ModelSize:
+    """The size of the model, counted from the names and shapes in its file."""
 
     def distinct(pattern: str) -> int:
-        return len({match[1] for name in found.arrays if (match := re.search(pattern, name))})
+        return len({match[1] for name in weights.arrays if (match := re.search(pattern, name))})
 
-    _, channels = _predictor(found)
-    return Size(
+    _, channels = _predictor(weights)
+    return ModelSize(
         blocks=distinct(r'blocks[_/.](\d+(?:\.\d+)?)[/.]'),
-        squeezes=any(re.search(r'[/._]se[/._]', name) for name in found.arrays),
+        squeeze_excite=any(re.search(r'[/._]se[/._]', name) for name in weights.arrays),
         cells=distinct(r'fpn(?:_cells)?[/.]cells?[_/.](\d+)[/.]'),
         channels=channels,
         head_layers=distinct(r'class_net[/.](?:class-|conv_ops/|conv_rep\.)(\d+)[/.]'),
     )
 
 
-def num_classes(found: Recognised, num_anchors: int) -> int:
-    """How many classes the file's class predictor has, for so many anchors per position; 0 where it has none."""
-    return _predictor(found)[0] // num_anchors
+def num_classes(weights: Recognised, num_anchors: int) -> int:
+    """The number of classes of the class predictor, given the number of anchors per position; 0 without a predictor."""
+    return _predictor(weights)[0] // num_anchors
 
 
-def _predictor(found: Recognised) -> tuple[int, int]:
-    """(outputs, inputs) of the class predictor's pointwise convolution."""
-    layer = found.scheme.layers.get('{net}_net/predict/pw', '').format(net='class')
-    (leaf,) = found.scheme.leaves('pw/kernel', ())
-    kernel = found.arrays.get(layer + leaf)
+def _predictor(weights: Recognised) -> tuple[int, int]:
+    """(outputs, inputs) of the class predictor's pointwise convolution; zeros without one."""
+    layer = weights.scheme.layers.get('{net}_net/predict/pw', '').format(net='class')
+    (leaf,) = weights.scheme.leaves('pw/kernel', ())
+    kernel = weights.arrays.get(layer + leaf)
     if kernel is None or kernel.ndim != 4:
         return 0, 0
-    _, _, inputs, outputs = found.scheme.to_ours('pw', kernel).shape
+    _, _, inputs, outputs = weights.scheme.to_ours('pw', kernel).shape
     return outputs, inputs
 
 
@@ -148,8 +152,8 @@ def _unwrap(name: str) -> str:
     return name
 
 
-def _why_of_no_use(name: str) -> str:
-    return next((why for pattern, why in _OF_NO_USE if re.fullmatch(pattern, name)), '')
+def _why_unused(name: str) -> str:
+    return next((why for pattern, why in _UNUSED if re.fullmatch(pattern, name)), '')
 
 
 def _family(names: Iterable[str], in_file: list[str]) -> tuple[str, str]:
@@ -158,6 +162,6 @@ def _family(names: Iterable[str], in_file: list[str]) -> tuple[str, str]:
             return family, scheme
     some = ', '.join(sorted(in_file)[:3]) or 'no arrays at all'
     raise UserError(
-        f"no EfficientDet or EfficientNet of a known implementation: the file holds {some}; known are google/automl's "
-        'checkpoints, effdet, timm backbones and PyTorch ports with names such as _blocks.0._depthwise_conv.weight'
+        f'not an EfficientDet or EfficientNet of a known implementation: the file has {some}; give a checkpoint of '
+        'google/automl or effdet, or a backbone of timm or of a PyTorch port (_blocks.0._depthwise_conv.weight)'
     )

@@ -1,7 +1,7 @@
 """Names and layouts of other implementations (docs/reference.md, Checkpoints).
 
-A table reads: this layer of ours is that layer of theirs. The tree of our model says what must exist, so what a file
-lacks, has too much or has in another shape can be named.
+Each table maps a layer of ours to a layer of theirs. The tree of our model says which variables must exist, so missing
+variables, unexpected ones and mismatched shapes can be reported by name.
 """
 
 import re
@@ -15,20 +15,20 @@ from flax import traverse_util
 
 from effdet_jax.errors import UserError
 
-Path = tuple[str, ...]  # collection first: ('params', 'backbone', 'blocks_0', 'dw_conv', 'kernel')
+Path = tuple[str, ...]  # starts with the collection: ('params', 'backbone', 'blocks_0', 'dw_conv', 'kernel')
 
 
 class Scheme(NamedTuple):
     """How one implementation names its layers and lays out their arrays."""
 
     layers: Mapping[str, str]
-    leaves: Callable[[str, Any], list[str]]  # ('bn/scale', shape) -> what they append to the layer's name
+    leaves: Callable[[str, Any], list[str]]  # ('bn/scale', shape) -> suffixes of their layer name
     to_ours: Callable[[str, np.ndarray], np.ndarray]  # (kind of layer, array) -> our layout
 
 
-# {b} block, {s}.{j} stage and block in it, {l} level, {n} level - 3, {r} cell, {k} node, {id} the node among inputs and
-# nodes, {i} input slot or repeat, {o} which input a projection reads, {net} class or box, {variant} as in b0, lite3.
-# Blocks without expansion are `plain`: theirs often number layers in the order of their creation.
+# {b} block, {s}.{j} stage and block within it, {l} level, {n} level - 3, {p} level - 6, {r} cell, {k} node, {id} node
+# counted after the inputs, {i} input slot or repeat, {o} input that a projection reads, {net} class or box, {variant}
+# b0 or lite3. `plain` blocks have no expansion; their layers often have other numbers.
 KERAS = {
     'backbone/stem/conv': 'efficientnet-{variant}/stem/conv2d',
     'backbone/stem/bn': 'efficientnet-{variant}/stem/tpu_batch_normalization',
@@ -132,7 +132,7 @@ TORCH_BATCH_NORM = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', '
 
 
 def _tensorflow_leaves(leaf: str, shape: tuple[int, ...]) -> list[str]:
-    if leaf.endswith('edge_weights'):  # a scalar for every edge
+    if leaf.endswith('edge_weights'):  # one scalar per edge
         return ['/WSM' + (f'_{i}' if i else '') for i in range(shape[0])]
     return ['/' + TENSORFLOW_LEAVES[leaf]]
 
@@ -158,70 +158,71 @@ SCHEMES = {
 }
 
 
-class Match(NamedTuple):
-    """Their arrays at our paths, in our layout, and what did not fit."""
+class MatchedWeights(NamedTuple):
+    """Their arrays in our layout at our paths, and what did not match."""
 
     arrays: dict[Path, np.ndarray]
-    names: dict[Path, list[str]]  # which of their arrays each path is made of
+    names: dict[Path, list[str]]  # their names of each of our variables
     missing: dict[Path, str]  # their name
-    misshapen: dict[Path, str]  # their name and both shapes; or that it holds numbers which are none
-    spare: list[str]
+    mismatched: dict[Path, str]  # their name, and both shapes or 'NaN or infinity'
+    unexpected: list[str]  # their names that the model does not have
 
 
-def match(arrays: Mapping[str, np.ndarray], shapes: Mapping[Path, Any], variant: str, scheme: Scheme) -> Match:
-    """Finds every one of our variables among `arrays`.
+def match_weights(
+    arrays: Mapping[str, np.ndarray], shapes: Mapping[Path, Any], variant: str, scheme: Scheme
+) -> MatchedWeights:
+    """Finds each of our variables among `arrays`.
 
     Args:
       arrays: {their name: array in their layout}.
-      shapes: {our path: anything with a `.shape`}, of all that is wanted.
+      shapes: {our path: anything with `.shape`} for all variables to find.
       variant: the backbone, as in `config.model.backbone`: 'b0', 'lite3'.
     """
-    found = Match({}, dict(their_names(shapes, variant, scheme)), {}, {}, [])
-    for path, names in found.names.items():
+    matched = MatchedWeights({}, dict(their_names(shapes, variant, scheme)), {}, {}, [])
+    for path, names in matched.names.items():
         if absent := [name for name in names if name not in arrays]:
-            found.missing[path] = absent[0]
+            matched.missing[path] = absent[0]
             continue
         theirs = [scheme.to_ours(_kind(path), np.asarray(arrays[name])) for name in names]
         value = theirs[0] if theirs[0].ndim else np.concatenate([scalar.ravel() for scalar in theirs])
         if value.shape != shapes[path].shape:
-            found.misshapen[path] = f'{names[0]} has shape {value.shape} in our layout, needed is {shapes[path].shape}'
+            matched.mismatched[path] = f'{names[0]} has shape {value.shape}, expected {shapes[path].shape}'
         elif not np.isfinite(value).all():
-            found.misshapen[path] = f'{names[0]} holds numbers that are not finite'
+            matched.mismatched[path] = f'{names[0]} contains NaN or infinity'
         else:
-            found.arrays[path] = value.astype(np.float32)
-    found.spare.extend(sorted(arrays.keys() - {name for names in found.names.values() for name in names}))
-    return found
+            matched.arrays[path] = value.astype(np.float32)
+    matched.unexpected.extend(sorted(arrays.keys() - {name for names in matched.names.values() for name in names}))
+    return matched
 
 
 def from_official(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any], backbone: str) -> dict[str, Any]:
-    """Variables of our model from a dictionary {official name: array}.
+    """Variables of our model from the official ones.
 
     Args:
-      arrays: every variable of the official model, TensorFlow layout; names of the Keras model, without ':0'.
-      shapes: our variables as `jax.eval_shape(model.init, ...)` gives them (anything with `.shape` at the leaves).
+      arrays: {official name: array}, all variables in TensorFlow's layout, with the names of the Keras model, no ':0'.
+      shapes: our variables from `jax.eval_shape(model.init, ...)`, or any tree with `.shape` at its leaves.
       backbone: as in `config.model.backbone`, e.g. 'b0' or 'lite3'.
 
     Raises:
-      UserError: naming what is missing, left over, or of another shape.
+      UserError: if variables are missing, unexpected or of another shape; it names them.
     """
-    found = match(arrays, traverse_util.flatten_dict(dict(shapes)), backbone, SCHEMES['keras'])
-    missing, misshapen = list(found.missing.values()), list(found.misshapen.values())
-    if missing or misshapen or found.spare:
+    matched = match_weights(arrays, traverse_util.flatten_dict(dict(shapes)), backbone, SCHEMES['keras'])
+    missing, mismatched, unexpected = [*matched.missing.values()], [*matched.mismatched.values()], matched.unexpected
+    if missing or mismatched or unexpected:
         raise UserError(
-            f'the weights do not fit this model: {len(missing)} missing {missing[:3]}, {len(found.spare)} left over '
-            f'{found.spare[:3]}, {len(misshapen)} of another shape {misshapen[:3]}'
+            f'the weights do not fit this model: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected '
+            f'{unexpected[:3]}, {len(mismatched)} mismatched {mismatched[:3]}'
         )
-    return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(found.arrays))
+    return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(matched.arrays))
 
 
 def their_names(shapes: Mapping[Path, Any], variant: str, scheme: Scheme) -> Iterator[tuple[Path, list[str]]]:
-    """(our path, their names) of everything in `shapes`: one each, except that TensorFlow names every edge weight."""
+    """(our path, their names) of every variable: one name each, but one per edge for TensorFlow's edge weights."""
     derive = _derived_fields(shapes)
     patterns = [(re.compile(_to_regex(ours)), theirs) for ours, theirs in scheme.layers.items()]
     for path, leaf in shapes.items():
         layer, fields = derive(path)
-        # A block without expansion has names of its own in some tables, and in others not.
-        spellings = (layer, layer.replace('/plain_', '/blocks_'))
+        spellings = (layer, layer.replace('/plain_', '/blocks_'))  # not every table names plain blocks differently
         template, values = next(
             (theirs, found.groupdict())
             for spelling in spellings
@@ -238,7 +239,7 @@ def _to_regex(pattern: str) -> str:
 
 
 def _kind(path: Path) -> str:
-    """bn, dw, pw, conv or, for edge weights, node."""
+    """The kind of layer: bn, dw, pw, conv or, for edge weights, node."""
     layer = path[-2]
     if re.fullmatch(r'bn|.*_bn|bn_\d+_p\d+', layer):
         return 'bn'
@@ -248,7 +249,7 @@ def _kind(path: Path) -> str:
 
 
 def _derived_fields(shapes: Mapping[Path, Any]) -> Callable[[Path], tuple[str, dict[str, Any]]]:
-    """path -> (layer, with `plain_` for a block without expansion; the fields that follow from it and the model)."""
+    """A function: path -> (layer, with `plain_` for blocks without expansion; fields that its name does not give)."""
     expanded = {path[2] for path in shapes if path[3:4] == ('expand_conv',)}
     head_levels = [int(found[1]) for p in shapes if (found := re.fullmatch(r'bn_0_p(\d+)', p[2]))]
     num_levels = max(head_levels, default=7) - 2
@@ -264,8 +265,8 @@ def _derived_fields(shapes: Mapping[Path, Any]) -> Callable[[Path], tuple[str, d
         if path[1] == 'fpn':
             k = int(path[3].removeprefix('node_'))
             fields['id'] = num_levels + k
-            # Only inputs straight from the backbone are projected, and they are of the node's own level. Nodes 0..L-2
-            # go down from the last level but one, the others up from the second.
+            # Only the backbone's map of the node's own level is projected. Its id is its level: nodes 0..L-2 go down
+            # from the second highest level, the others go up from the second lowest.
             fields['o'] = num_levels - 2 - k if k <= num_levels - 2 else k - num_levels + 2
         if level := re.search(r'_p(\d+)', layer):
             fields['n'], fields['p'] = int(level[1]) - 3, int(level[1]) - 6
@@ -275,7 +276,7 @@ def _derived_fields(shapes: Mapping[Path, Any]) -> Callable[[Path], tuple[str, d
 
 
 def _stages(shapes: Mapping[Path, Any]) -> dict[int, tuple[int, int]]:
-    """Block -> (stage, place in the stage), from 0. A stage is a run of blocks of the same width."""
+    """{block: (stage, place in the stage)}, from 0. A stage is a run of blocks with the same width."""
     width_of = {
         int(path[2].removeprefix('blocks_')): leaf.shape[-1]
         for path, leaf in shapes.items()
@@ -290,6 +291,6 @@ def _stages(shapes: Mapping[Path, Any]) -> dict[int, tuple[int, int]]:
 
 
 def shapes_of(model: Any, image_size: tuple[int, int] = (128, 128)) -> dict[str, Any]:
-    """Shapes of a model's variables, without computing any."""
+    """The shapes of a model's variables; computes none of them."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)

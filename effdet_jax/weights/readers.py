@@ -1,9 +1,9 @@
-"""Files of other implementations -> {name in the file: array}. What a file is, its content says, not its suffix.
+"""Reads weights files of other implementations: {name in the file: array}. The content decides the format.
 
-A file is not trusted. Nothing in it is executed: PyTorch's pickles are read with `weights_only`. It cannot reach other
-files: archives are unpacked into a temporary folder, plain files only, and HDF5 that points outside is refused. And it
-cannot fill the memory or the disk: what it claims to hold is compared with `MAX_BYTES` first.
-TensorFlow and PyTorch are imported only by the reader that needs them.
+Files are not trusted. Nothing in them is executed: PyTorch pickles are read with `weights_only`. They cannot reach
+other files: only plain files are unpacked from archives, into a temporary folder, and HDF5 links to other files are
+refused. They cannot fill memory or disk: the declared size is compared with `MAX_BYTES` first.
+TensorFlow and PyTorch are imported only when a file needs them.
 """
 
 import argparse
@@ -30,26 +30,26 @@ Arrays = dict[str, np.ndarray]
 
 HDF5_MAGIC = b'\x89HDF\r\n\x1a\n'
 GZIP_MAGIC = b'\x1f\x8b'
-MAX_BYTES = 4 * 2**30  # D7x: 0.3 GB, and as much again for each average and slot of an optimizer
+MAX_BYTES = 4 * 2**30  # D7x has 0.3 GB, plus the same for each moving average and optimizer slot
 MAX_FILES = 10_000  # in an archive
 
 FORMATS = 'Keras .h5, TensorFlow checkpoints (prefix, folder or .tar.gz), PyTorch .pth / .pt / .bin, .safetensors'
 
 
 class Contents(NamedTuple):
-    """What a checkpoint holds."""
+    """The contents of a weights file."""
 
-    arrays: Arrays  # names and layouts as they are there
+    arrays: Arrays  # with the names and layouts of the file
     format: str  # 'tensorflow', 'hdf5', 'safetensors' or 'torch'
-    path: Path  # the absolute source; of an archive, and in it the path of its checkpoint
+    path: Path  # absolute; for an archive, followed by the path of the checkpoint inside
 
 
 def read(source: Path) -> Contents:
-    """Every array of a checkpoint file, folder or prefix.
+    """Reads all arrays of a checkpoint file, folder or prefix.
 
     Raises:
-      UserError: where there is none, it is damaged, of an unknown format, too large, would run code, or points to
-        other files.
+      UserError: if the file is missing, damaged, of an unknown format or too large, contains code, or points to other
+        files.
     """
     path = source.absolute()
     if checkpoint := _tensorflow_prefix(source):
@@ -63,11 +63,11 @@ def read(source: Path) -> Contents:
     if head.startswith(GZIP_MAGIC) or head[257:262] == b'ustar':
         arrays, inside = _read_archive(source)
         return Contents(arrays, 'tensorflow', path / inside)
-    if head[8:9] == b'{':  # after the length of a JSON header
+    if head[8:9] == b'{':  # the JSON header follows its length
         return Contents(_read_safetensors(source), 'safetensors', path)
     if zipfile.is_zipfile(source) or head.startswith((b'\x80', b'PK')):
         return Contents(_read_torch(source), 'torch', path)
-    raise UserError(f'{source}: neither of the known formats, or damaged: --source takes {FORMATS}')
+    raise UserError(f'{source}: unknown format, or damaged: --source takes {FORMATS}')
 
 
 def _read_hdf5(source: Path) -> Arrays:
@@ -75,20 +75,20 @@ def _read_hdf5(source: Path) -> Arrays:
 
     datasets: dict[str, Any] = {}
 
-    def elsewhere(name: str, item: Any) -> str | None:
-        """The name, where the content of a link or a dataset would be taken from another file."""
-        pointer = isinstance(item, h5py.ExternalLink)
-        data = isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)
-        return name if pointer or data else None  # not None ends the visit
+    def external(name: str, item: Any) -> str | None:
+        """The name, if the content of a link or dataset lies in another file."""
+        is_link = isinstance(item, h5py.ExternalLink)
+        is_external = isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)
+        return name if is_link or is_external else None  # anything but None ends the visit
 
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.shape is not None and item.dtype.kind in 'iuf':
             datasets[name] = item
 
     with _damage_reported(source, OSError, RuntimeError, KeyError, TypeError), h5py.File(source, 'r') as file:
-        if (name := file.visititems_links(elsewhere) or file.visititems(elsewhere)) is not None:
+        if (name := file.visititems_links(external) or file.visititems(external)) is not None:
             raise UserError(f'{source}: {name} lies in another file, which weights never need: do not trust this file')
-        # A model that was saved whole keeps its weights in a group beside its optimizer's.
+        # A complete Keras model has a group of weights and one of optimizer state.
         weights: Any = file.get('model_weights', file)
         (weights if isinstance(weights, h5py.Group) else file).visititems(visit)
         _refuse_too_large(source, (dataset.nbytes for dataset in datasets.values()))
@@ -108,14 +108,14 @@ def _read_torch(source: Path) -> Arrays:
         with _damage_reported(source, zipfile.BadZipFile, OSError, ValueError), zipfile.ZipFile(source) as archive:
             _refuse_too_large(source, (member.file_size for member in archive.infolist()))
     try:
-        # effdet's own training saves its command line beside the weights: names and values, no behaviour.
+        # The training script of effdet saves its command line too: a Namespace of plain values, without code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(source, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r'WeightsUnpickler error:\s+(.+?)(?: was not an allowed|$)', str(error), re.MULTILINE)
         raise UserError(
-            f'{source}: holds more than arrays, which could run code when read ({culprit[1] if culprit else error}): '
-            'save its state_dict alone, torch.save(model.state_dict(), FILE)'
+            f'{source}: contains objects that could run code ({culprit[1] if culprit else error}): save only the '
+            'weights, torch.save(model.state_dict(), FILE)'
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise _damaged(source, error) from error
@@ -126,7 +126,7 @@ def _read_torch(source: Path) -> Arrays:
 
 
 def _tensors(content: Any, torch: Any) -> Mapping[str, Any]:
-    """The dense tensors in what training scripts save around them; averaged parameters before raw ones."""
+    """The dense tensors among what training scripts save; averaged parameters are preferred to raw ones."""
     for key in ('state_dict_ema', 'state_dict', 'model_ema', 'model'):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             return _tensors(content[key], torch)
@@ -140,7 +140,7 @@ def _tensors(content: Any, torch: Any) -> Mapping[str, Any]:
 
 
 def _read_tensorflow(prefix: Path, source: Path) -> Arrays:
-    """`source` is what the user named."""
+    """Reads the checkpoint `prefix`. `source` is what the user gave, for messages."""
     tensorflow = _needed('tensorflow', 'requirements-tensorflow.txt', f'{source} is a TensorFlow checkpoint')
     arrays: Arrays = {}
     with _damage_reported(source, tensorflow.errors.OpError, ValueError, IndexError, RuntimeError):
@@ -163,7 +163,7 @@ def _tensorflow_prefix(source: Path) -> Path | None:
         prefixes = sorted(path.with_suffix('') for path in source.rglob('*.index'))
         newest = max(prefixes, key=lambda path: path.with_name(path.name + '.index').stat().st_mtime, default=None)
         if len(prefixes) > 1:
-            raise UserError(f'{source} holds {len(prefixes)} checkpoints: name one, as in --source={newest}')
+            raise UserError(f'{source} has {len(prefixes)} checkpoints: choose one, e.g. --source={newest}')
         if newest is None:
             raise UserError(f'{source} is a folder without a TensorFlow checkpoint (*.index): --source takes {FORMATS}')
         return newest
@@ -173,7 +173,7 @@ def _tensorflow_prefix(source: Path) -> Path | None:
 
 
 def _read_archive(source: Path) -> tuple[Arrays, PurePosixPath]:
-    """(arrays, path inside) of the .tar.gz in which official checkpoints are released."""
+    """(arrays, path inside) of a .tar.gz, as official checkpoints are released."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with _damage_reported(source, tarfile.TarError, OSError, EOFError, zlib.error):
@@ -181,14 +181,14 @@ def _read_archive(source: Path) -> tuple[Arrays, PurePosixPath]:
         prefixes = [path.with_suffix('') for path in folder.rglob('*.index')]
         if len(prefixes) != 1:
             raise UserError(
-                f'{source}: damaged, or an archive with {len(prefixes)} TensorFlow checkpoints (*.index), needed is '
-                'one: unpack it and name one'
+                f'{source}: damaged, or an archive with {len(prefixes)} TensorFlow checkpoints (*.index) instead of '
+                'one: unpack it and choose one'
             )
         return _read_tensorflow(prefixes[0], source), PurePosixPath(prefixes[0].relative_to(folder))
 
 
 def _unpack(source: Path, folder: Path) -> None:
-    """Files and folders of a .tar or .tar.gz, read as a stream and no further than `MAX_BYTES`."""
+    """Unpacks a .tar or .tar.gz as a stream, up to `MAX_BYTES`."""
     with source.open('rb') as file:
         compressed = file.read(2) == GZIP_MAGIC
     with (gzip.open if compressed else open)(source, 'rb') as plain:
@@ -196,24 +196,23 @@ def _unpack(source: Path, folder: Path) -> None:
         with tarfile.open(fileobj=stream, mode='r|') as archive:
             for count, member in enumerate(archive, start=1):
                 if count > MAX_FILES:
-                    raise UserError(f'{source}: an archive of more than {MAX_FILES} files: unpack it and name one')
+                    raise UserError(f'{source}: more than {MAX_FILES} files: unpack it and choose one')
                 if member.name.startswith('/') or '..' in PurePosixPath(member.name).parts:
                     raise UserError(
-                        f'{source}: {member.name} would be written outside of the folder that it is unpacked to: do '
-                        'not trust this file'
+                        f'{source}: {member.name} would be unpacked outside the folder: do not trust this file'
                     )
                 if not (member.isdir() or (member.isreg() and not member.issparse())):
                     raise UserError(
-                        f'{source}: {member.name} is neither a plain file nor a folder: unpack it yourself, if you '
-                        'trust it, and name the checkpoint'
+                        f'{source}: {member.name} is neither a plain file nor a folder: if you trust the archive, '
+                        'unpack it and choose the checkpoint'
                     )
                 archive.extract(member, folder, filter='data')
-        while stream.read(2**20):  # to the checksum at its end
+        while stream.read(2**20):  # so that gzip verifies the checksum at the end
             pass
 
 
 class _Bounded(io.RawIOBase):
-    """A file that is refused once more than `MAX_BYTES` were read from it."""
+    """A file from which at most `MAX_BYTES` can be read."""
 
     def __init__(self, file: Any, source: Path) -> None:
         self._file, self._source, self._left = file, source, MAX_BYTES
@@ -248,11 +247,10 @@ def _refuse_too_large(source: Path, sizes: Iterable[int]) -> None:
 
 def _too_large(source: Path) -> UserError:
     return UserError(
-        f'{source}: holds more than {MAX_BYTES / 2**30:.3g} GiB, and the largest detector takes 0.3: save '
-        'its weights alone'
+        f'{source}: more than {MAX_BYTES / 2**30:.3g} GiB, but the largest detector has only 0.3: save only its weights'
     )
 
 
 def _damaged(source: Path, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f'{source}: damaged or cut off ({reason}): fetch it again')
+    return UserError(f'{source}: damaged or incomplete ({reason}): download it again')

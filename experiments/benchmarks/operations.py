@@ -63,9 +63,7 @@ class Operation(NamedTuple):
     ms: float  # median over calls
 
 
-def main(arguments: list[str]) -> None:
-    if arguments:
-        raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag')
+def main(_: list[str]) -> None:
     try:
         case = parse_case(CASE.value)
     except ValueError as error:

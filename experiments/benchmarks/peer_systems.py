@@ -191,8 +191,8 @@ def our_variables(model: Any, config: Any, folder: Path) -> Any:
 
     found = families.recognise(load_file(folder / WEIGHTS))
     shapes = traverse_util.flatten_dict(names.shapes_of(model))
-    matched = names.match(found.arrays, shapes, config.model.backbone, found.scheme)
-    assert not matched.missing and not matched.misshapen, (matched.missing, matched.misshapen)
+    matched = names.match_weights(found.arrays, shapes, config.model.backbone, found.scheme)
+    assert not matched.missing and not matched.mismatched, (matched.missing, matched.mismatched)
     return jax.device_put(traverse_util.unflatten_dict(matched.arrays))
 
 

@@ -59,9 +59,7 @@ MIB = 2**20
 LEAST_ROUNDS = 3  # where the time is up
 
 
-def main(arguments: list[str]) -> None:
-    if arguments:
-        raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag')
+def main(_: list[str]) -> None:
     cases = [_case(text) for text in CASE.value or CASES[DEVICE.value]]
     if unknown := [name for name in SYSTEM.value if name not in SYSTEMS]:
         raise app.UsageError(f'--systems={",".join(unknown)}: choose of {", ".join(SYSTEMS)}')

@@ -100,17 +100,17 @@ def test_what_is_attainable_is_measured(monkeypatch):
     monkeypatch.setattr(peaks, 'SECONDS', 1.5)
     found = peaks.attainable('float32')
     assert found.flops == 2 * 64**3 / 0.5 and found.bandwidth == 2 * 64 * 4 / 0.5
-    assert found.source.startswith('attainable here')
+    assert found.source.startswith('measured')
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ((), '--config missing'),
+        ((), 'missing --config'),
         (('--config=configs/d0.py', '--what=speed'), 'speed'),
-        (('--config=configs/d0.py', '--batch=one'), '--batch=one: write whole numbers'),
-        (('--config=configs/d0.py', '--what=data', '--profile=P'), '--profile traces infer and train'),
-        (('--config=configs/d0.py', '--lower-only'), '--lower-only belongs to --what=startup'),
+        (('--config=configs/d0.py', '--batch=one'), '--batch=one: give whole numbers'),
+        (('--config=configs/d0.py', '--what=data', '--profile=P'), '--profile works with --what=infer and train'),
+        (('--config=configs/d0.py', '--lower-only'), '--lower-only works with --what=startup'),
         (('--config=configs/d0.py', 'quickly'), 'unexpected quickly'),
     ],
 )

@@ -33,7 +33,7 @@ def start(command, *arguments, cwd=ROOT, **environment):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ((), 'error: --config missing'),
+        ((), 'error: missing --config; see'),
         (('--config=configs/d0.py', '--workdir='), 'flag --workdir=: the path is empty'),
         (('--config=configs/d9.py', '--workdir=W'), 'error: config file configs/d9.py does not exist'),
         (('--config=configs/d0.py', '--config.trian.epochs=3', '--workdir=W'), 'trian'),
@@ -218,7 +218,7 @@ def test_a_run_without_a_workdir_is_called_after_its_config():
 
 def test_the_cards_command_trains_in_its_own_folder_and_says_so(tmp_path):
     code, out, error = start('main', '--config=configs/d3.py:voc2007', cwd=tmp_path, TFDS_DATA_DIR=str(tmp_path))
-    assert (code, out) == (1, 'work directory: runs/d3_voc2007 (--workdir=DIR names another)\n')
+    assert (code, out) == (1, 'work directory: runs/d3_voc2007 (--workdir=DIR chooses another)\n')
     assert error.startswith('error: voc/2007 is not prepared in ')
 
 
@@ -266,7 +266,7 @@ def test_a_checkout_without_links_is_told_in_one_line(command, tmp_path):
 
 
 def test_a_report_needs_a_run(tmp_path):
-    assert start('report') == (2, '', 'error: --workdir missing; --help explains\n')
+    assert start('report') == (2, '', 'error: missing --workdir; see --help\n')
     reason = f'error: {tmp_path}/config.json does not exist: give the --workdir of a training run\n'
     assert start('report', f'--workdir={tmp_path}') == (1, '', reason)
 
@@ -286,7 +286,7 @@ def test_missing_data_is_one_line_that_says_how_to_get_it(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'code', 'message'),
     [
-        (('README.md',), 2, '--workdir and --out missing'),
+        (('README.md',), 2, 'missing --workdir and --out; see'),
         (('--workdir=nowhere', '--out=W', 'nowhere'), 1, 'error: nowhere does not exist'),
         (('--workdir=nowhere', '--out=W'), 2, 'name at least one image, video, folder or pattern'),
     ],
@@ -317,7 +317,7 @@ def test_check_data_fails_where_there_is_an_error_and_writes_only_what_it_is_tol
 @pytest.mark.parametrize(
     ('arguments', 'code', 'message'),
     [
-        ((), 2, 'error: --config missing'),
+        ((), 2, 'error: missing --config; see'),
         (('--config=configs/d0.py', '--fit', '--no-data'), 2, '--fit needs the data'),
         (('--config=configs/d0.py', '--memory=16'), 1, 'error: --memory=16 is not an amount of memory'),
         (('--config=configs/d0.py', '--batch=0'), 2, 'batch'),

@@ -82,7 +82,7 @@ def test_quiet_leaves_results_and_errors():
     code, quiet, error = effdet(*plan, '--quiet')
     assert (code, error) == (0, '')
     assert quiet.splitlines() == [line for line in out.splitlines() if not line.startswith('counting parameters: ')]
-    assert effdet('plan', '--quiet')[2] == 'error: --config missing; --help explains\n'
+    assert effdet('plan', '--quiet')[2] == 'error: missing --config; see --help\n'
 
 
 def test_verbose_tells_where_an_error_comes_from():
@@ -93,7 +93,7 @@ def test_verbose_tells_where_an_error_comes_from():
     assert trace[0] == 'Traceback (most recent call last):'
     assert last == effdet(*wrong)[2].strip()
     code, _, error = effdet(*wrong, '--verbose', '--quiet')
-    assert (code, error) == (2, 'error: --quiet and --verbose exclude each other: leave one away\n')
+    assert (code, error) == (2, 'error: --quiet and --verbose contradict each other: give only one of them\n')
 
 
 COLORS = re.compile(r'\x1b\[[\d;]*m')
@@ -186,7 +186,7 @@ def test_bash_knows_that_effdet_is_completed(tmp_path):
 
 
 def test_an_unknown_shell_is_bad_usage():
-    assert effdet('completion', 'fish') == (2, '', 'error: name one shell of bash, zsh\n')
+    assert effdet('completion', 'fish') == (2, '', 'error: name one shell: bash or zsh\n')
 
 
 # From Python.

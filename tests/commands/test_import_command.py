@@ -81,7 +81,7 @@ def test_it_predicts(workdir, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (('--config=configs/d0.py', '--workdir=W'), '--source missing'),
+        (('--config=configs/d0.py', '--workdir=W'), 'missing --source'),
         (('--config=configs/d0.py', '--source=x.h5', '--workdir=W', '--preset=offical'), 'offical'),
         (('--config=configs/d0.py', '--source=x.h5', '--workdir=W', 'x.h5'), 'unexpected x.h5'),
     ],

@@ -84,7 +84,7 @@ def test_another_member_of_the_family(tmp_path, refused):
 def test_a_detector_with_another_feature_network(key, value, tmp_path, refused):
     config = imports.config()
     config.model.feature_network[key] = value
-    refused(imports.file(tmp_path), f'config.model.feature_network.{key}={value}: detectors can be imported', config)
+    refused(imports.file(tmp_path), f'config.model.feature_network.{key}={value}: published detectors have', config)
 
 
 @pytest.mark.parametrize(('theirs', 'ours', 'member'), [('b0', 'lite0', 'd0'), ('lite0', 'b0', 'lite0')])
@@ -137,16 +137,22 @@ def infinite(arrays):
 @pytest.mark.parametrize(
     ('spoil', 'message'),
     [
-        (without, rf'1 missing, the first is class_net/predict/pw/kernel \(the file has no {KERNEL}\)'),
-        (with_one_more, r'1 spare, the first is class_net\.predict\.conv_pw\.scale \(the model has no place for it\)'),
-        (with_a_block_more, r'1 spare, the first is backbone\.blocks\.6\.1\.conv_pw\.weight'),
+        (without, rf'1 missing; the first is class_net/predict/pw/kernel \(the file has no {KERNEL}\)'),
+        (
+            with_one_more,
+            r'1 unexpected; the first is class_net\.predict\.conv_pw\.scale \(the model has no such tensor\)',
+        ),
+        (with_a_block_more, r'1 unexpected; the first is backbone\.blocks\.6\.1\.conv_pw\.weight'),
         (
             transposed,
-            rf'1 unfit, the first is class_net/predict/pw/kernel \({KERNEL} has shape \(1, 1, 45, 16\) in our',
+            rf'1 mismatched; the first is class_net/predict/pw/kernel \({KERNEL} has shape \(1, 1, 45, 16\), expected',
         ),
-        (transposed_bias, r'1 unfit, the first is backbone/stem/bn/scale \(backbone\.bn1\.weight has shape \(1, 32\)'),
-        (not_finite, rf'1 unfit, .* \({KERNEL} holds numbers that are not finite\)'),
-        (infinite, r'1 unfit, the first is resample_p6/bn/var \(.* not finite\)'),
+        (
+            transposed_bias,
+            r'1 mismatched; the first is backbone/stem/bn/scale \(backbone\.bn1\.weight has shape \(1, 32\)',
+        ),
+        (not_finite, rf'1 mismatched; .* \({KERNEL} contains NaN or infinity\)'),
+        (infinite, r'1 mismatched; the first is resample_p6/bn/var \(.* NaN or infinity\)'),
     ],
 )
 def test_one_wrong_tensor(spoil, message, tmp_path, refused):
@@ -189,13 +195,13 @@ def test_another_number_of_classes(tmp_path, refused):
     np.testing.assert_allclose(variables[*predictor, 'bias'], np.full(27, prior), rtol=1e-6)
     for path in imports.WRITTEN.keys() - {(*predictor, 'kernel'), (*predictor, 'bias')}:
         np.testing.assert_array_equal(variables[path], imports.WRITTEN[path])
-    assert [kind for kind, *_ in account['allowed']] == ['unfit', 'unfit']
+    assert [kind for kind, *_ in account['allowed']] == ['mismatched', 'mismatched']
 
 
 def test_classes_without_names(tmp_path, refused):
     refused(
         imports.file(tmp_path),
-        '5 classes and no names .* add --config.dataset.class_names',
+        '5 classes without names: add --config.dataset.class_names',
         imports.config(class_names=()),
     )
 
@@ -240,7 +246,7 @@ def test_what_is_allowed_does_not_cover_the_rest(tmp_path, refused):
     arrays = {name: np.array(array) for name, array in imports.torch_arrays().items()}
     without(arrays)
     infinite(arrays)
-    refused(imports.file(tmp_path, arrays), '1 unfit, the first is resample_p6/bn/var', allow=['class_net'])
+    refused(imports.file(tmp_path, arrays), '1 mismatched; the first is resample_p6/bn/var', allow=['class_net'])
 
 
 def test_a_pattern_that_is_none(tmp_path, refused):
@@ -286,7 +292,7 @@ EVAL = r'Unsupported global: GLOBAL .*eval'
 def test_a_pickle_that_would_run_code(save, culprit, tmp_path, refused):
     trace = tmp_path / 'it ran'
     save({'state_dict': Hostile(trace)}, source := tmp_path / 'model.pth')
-    refused(source, rf'model\.pth: .*could run code.*\({culprit}\).*save its state_dict alone')
+    refused(source, rf'model\.pth: .*could run code.*\({culprit}\).*save only the weights')
     assert not trace.exists()
     if save is as_pickle:  # the trap works
         pickle.loads(source.read_bytes())
@@ -315,14 +321,14 @@ def test_a_file_cut_off(write, left, tmp_path, refused):
     source = write(tmp_path)
     content = source.read_bytes()
     source.write_bytes(content[: int(len(content) * left)])
-    refused(source, rf'{source.name}: damaged or cut off \(.*\): fetch it again')
+    refused(source, rf'{source.name}: damaged or incomplete \(.*\): download it again')
 
 
 @pytest.mark.parametrize('write', [imports.file, h5, pth, old_pth, tar_gz])
 def test_the_first_bytes_of_a_file(write, tmp_path, refused):
     source = write(tmp_path)
     source.write_bytes(source.read_bytes()[:40])
-    refused(source, rf'{source.name}: (damaged or cut off|could run code|neither of the known formats)')
+    refused(source, rf'{source.name}: (damaged or incomplete|could run code|unknown format)')
 
 
 @pytest.mark.parametrize('part', ['index', 'data-00000-of-00001'])
@@ -330,9 +336,9 @@ def test_a_tensorflow_checkpoint_cut_off(part, tmp_path, refused):
     prefix = containers.tf1_plain(tmp_path, writers.to_tensorflow(imports.LAYERS, imports.WRITTEN, 'keras'))
     file = prefix.with_name(f'{prefix.name}.{part}')
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    refused(prefix, r'model\.ckpt-1: damaged or cut off')
+    refused(prefix, r'model\.ckpt-1: damaged or incomplete')
     file.unlink()
-    refused(prefix, r'model\.ckpt-1: (damaged or cut off|no such file)')
+    refused(prefix, r'model\.ckpt-1: (damaged or incomplete|no such file)')
 
 
 def test_a_tar_gz_with_a_wrong_bit(tmp_path, refused):
@@ -354,12 +360,12 @@ def test_a_tar_gz_with_a_wrong_bit(tmp_path, refused):
 )
 def test_another_kind_of_file(name, content, tmp_path, refused):
     (source := tmp_path / name).write_bytes(content)
-    refused(source, rf'{name}: neither of the known formats.*Keras \.h5')
+    refused(source, rf'{name}: unknown format.*Keras \.h5')
 
 
 def test_json(tmp_path, refused):
     (source := tmp_path / 'model.json').write_text('{"class_net": {"a": 1}, "b": {"c": [1, 2, 3]}}')
-    refused(source, r'model\.json: (neither of the known formats|damaged)')
+    refused(source, r'model\.json: (unknown format|damaged)')
 
 
 def test_no_file(tmp_path, refused):
@@ -367,8 +373,8 @@ def test_no_file(tmp_path, refused):
 
 
 def test_arrays_of_something_else(tmp_path, refused):
-    refused(imports.file(tmp_path, {'layer1.weight': np.zeros(3, np.float32)}), 'the file holds layer1.weight')
-    refused(imports.file(tmp_path, {}), 'the file holds no arrays at all')
+    refused(imports.file(tmp_path, {'layer1.weight': np.zeros(3, np.float32)}), 'the file has layer1.weight')
+    refused(imports.file(tmp_path, {}), 'the file has no arrays at all')
 
 
 def test_folders(tmp_path, refused):
@@ -376,7 +382,7 @@ def test_folders(tmp_path, refused):
     refused(folder, 'is a folder without a TensorFlow checkpoint')
     for name in ('model-1', 'model-2'):
         (folder / f'{name}.index').touch()
-    refused(folder, rf'holds 2 checkpoints: name one, as in --source={folder}/model-[12]')
+    refused(folder, rf'has 2 checkpoints: choose one, e.g. --source={folder}/model-[12]')
 
 
 def archive(path, members):
@@ -421,7 +427,7 @@ def test_a_used_work_directory(tmp_path):
     source, workdir = imports.file(tmp_path), tmp_path / 'imported'
     importer.import_weights(imports.config(), source, workdir)
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
-    with pytest.raises(UserError, match='holds checkpoints already: choose another --workdir'):
+    with pytest.raises(UserError, match='already has checkpoints: choose another --workdir'):
         importer.import_weights(imports.config(), source, workdir)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
 
@@ -506,12 +512,14 @@ def test_advprop_by_the_folder_of_the_archive(tmp_path, capsys):
     assert (config.image.mean, config.image.padding) == ((127.5,) * 3, -1.0)
     assert config.model.anchors.aspect_ratios == (1.0, 2.0, 0.5)
     said = ' '.join(capsys.readouterr().out.split())
-    assert 'taken for official-advprop, because of advprop in its path; otherwise give --preset=official' in said
+    assert (
+        'preset official-advprop, because the path contains advprop; if that is wrong, give --preset=official' in said
+    )
 
 
 def test_it_is_asked_where_nothing_tells(tmp_path, refused):
     source = released(tmp_path / 'downloads')
-    refused(source, r"plain weights or AdvProp's\?.* add --preset=official, or --preset=official-advprop", b0())
+    refused(source, r'plain or AdvProp weights\?.* add --preset=official, or --preset=official-advprop', b0())
     importer.import_weights(config := b0(), source, tmp_path / 'told', preset='official-advprop')
     assert config.image.padding == -1.0
 
@@ -534,6 +542,6 @@ def test_a_backbone_is_no_detector(tmp_path):
     config = imports.config(class_names=())
     config.model.feature_network.name = 'nasfpn'  # a backbone goes before any
     importer.import_weights(config, imports.file(tmp_path, arrays), tmp_path / 'imported')
-    with pytest.raises(UserError, match='a backbone alone: train a detector'):
+    with pytest.raises(UserError, match='has only a backbone: train a detector'):
         Detector.load(tmp_path / 'imported')
     assert jax.tree.leaves(load_variables(tmp_path / 'imported', 'eval/AP')[1])

@@ -81,7 +81,7 @@ def run(images, finished_run, tmp_path_factory):
 
 def test_a_broken_image_is_named_in_one_line_and_the_exit_code(run):
     assert run.code == 1
-    assert run.error.startswith('error: 1 of 11 files were left out: ')
+    assert run.error.startswith('error: 1 of 11 files could not be read: ')
     assert 'broken.jpg' in run.error
     assert run.error.count('\n') == 1
 
@@ -125,7 +125,7 @@ def test_pycocotools_loads_the_results(run):
 
 
 def test_what_is_no_image_is_named(run, images):
-    assert f'note: 1 left out, no images or videos by their names: {images}/notes.txt\n' in run.out
+    assert f'note: 1 skipped, no images or videos by their suffix: {images}/notes.txt\n' in run.out
 
 
 def test_the_video_keeps_its_size_and_frame_rate(run):
@@ -184,14 +184,14 @@ def test_classes_narrow_everything_and_the_score_what_is_drawn(images, tmp_path,
 
 
 def test_a_class_that_there_is_not_is_refused(tmp_path):
-    with pytest.raises(UserError, match='--classes: d, e unknown; this detector knows a, b/c'):
+    with pytest.raises(UserError, match='--classes: unknown d, e; this detector has a, b/c'):
         predictor.Job(two_finds(), tmp_path, 0.3, ('d', 'a', 'e'))
 
 
 def test_where_nothing_can_be_read_nothing_is_written(images, tmp_path):
     (tmp_path / 'clip.mp4').write_bytes(b'no video')
     files = {images / 'broken.jpg': 'broken.jpg', tmp_path / 'clip.mp4': 'clip.mp4'}
-    with pytest.raises(UserError, match=r'nothing could be read; the first: .*broken\.jpg'):
+    with pytest.raises(UserError, match=r'could be read; the first: .*broken\.jpg'):
         predictor.predict(predictor.Job(two_finds(), tmp_path / 'out', 0.3), files)
     assert list((tmp_path / 'out').iterdir()) == []
 
@@ -207,7 +207,7 @@ def test_an_image_that_is_named_twice_is_detected_once(images):
 
 
 def test_nothing_to_do_is_said(images, tmp_path):
-    with pytest.raises(UserError, match=r'no image or video in .*: known are \.jpg'):
+    with pytest.raises(UserError, match=r'no image or video in .*: give files with one of the suffixes \.jpg'):
         predict.find_files([str(tmp_path)], OUT)
     with pytest.raises(UserError, match='nowhere does not exist'):
         predict.find_files([str(images), str(tmp_path / 'nowhere')], OUT)
@@ -232,7 +232,7 @@ def test_a_pattern_names_images_by_what_lies_below_its_fixed_part(images, patter
 def test_patterns_are_taken_literally_where_a_file_is_called_so(tmp_path):
     (tmp_path / 'a[1].jpg').write_bytes(b'')
     assert predict.find_files([f'{tmp_path}/a[1].jpg'], OUT) == {tmp_path / 'a[1].jpg': 'a[1].jpg'}
-    with pytest.raises(UserError, match='matches nothing'):
+    with pytest.raises(UserError, match='matches no file'):
         predict.find_files([f'{tmp_path}/b*.jpg'], OUT)
 
 
@@ -241,7 +241,7 @@ def test_what_an_earlier_call_has_drawn_is_left_out(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b'')
     assert set(predict.find_files([str(tmp_path)], tmp_path / 'found').values()) == {'a.jpg'}
-    with pytest.raises(UserError, match='2 left out, written by an earlier call: '):
+    with pytest.raises(UserError, match='2 skipped, results of an earlier run: '):
         predict.find_files([str(tmp_path / 'found')], tmp_path / 'found')
     assert len(predict.find_files([str(tmp_path / 'found')], tmp_path / 'elsewhere')) == 2
 
@@ -307,7 +307,7 @@ def test_links_that_lead_nowhere_are_found_and_fail_when_they_are_read(tmp_path)
         (tmp_path / link).symlink_to(target)
     found = predict.find_files([str(tmp_path)], tmp_path / 'out')
     assert set(found.values()) == {'gone.png', 'loop.png'}
-    with pytest.raises(UserError, match=r'nothing could be read; the first: .*gone\.png: cannot be read'):
+    with pytest.raises(UserError, match=r'could be read; the first: .*gone\.png: cannot be read'):
         predictor.predict(predictor.Job(two_finds(), tmp_path / 'out', 0.0), found)
 
 
@@ -319,9 +319,12 @@ def test_every_format_that_can_be_read_is_found_and_the_rest_is_named(tmp_path, 
         (tmp_path / name).write_bytes(b'')
     assert len(predict.find_files([str(tmp_path)], OUT)) == len(IMAGE_SUFFIXES)
     first = ', '.join(f'{tmp_path}/{name}' for name in ('.DS_Store', 'a.HEIC', 'b.txt'))
-    assert capsys.readouterr().out == f'note: 5 left out, no images or videos by their names: {first}, ...\n'
+    assert capsys.readouterr().out == f'note: 5 skipped, no images or videos by their suffix: {first}, ...\n'
     assert predict.find_files([f'{tmp_path}/c'], OUT) == {tmp_path / 'c': 'c'}  # given by itself: as an image
-    with pytest.raises(UserError, match=r'no image or video in \S+; 1 left out, .* names: \S+HEIC: known are \.jpg '):
+    with pytest.raises(
+        UserError,
+        match=r'no image or video in \S+; 1 skipped, .* suffix: \S+HEIC: give files with one of the suffixes \.jpg ',
+    ):
         predict.find_files([f'{tmp_path}/*.HEIC'], OUT)
 
 

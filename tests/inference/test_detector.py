@@ -194,15 +194,15 @@ def test_what_is_no_array_is_found_as_its_array_is(detector, tmp_path):
     [
         ('https://host/a.jpg', 'https://host/a.jpg is an address'),
         ('nowhere.jpg', r'nowhere\.jpg: cannot be read'),
-        (b'\x89PNG', 'an image is .* and this is bytes'),
-        ({'image': BLANK}, 'an image is .* and this is dict'),
-        (None, 'an image is .* and this is NoneType'),
-        ([None], 'an image is .* and this is NoneType'),
+        (b'\x89PNG', 'bytes is not an image: give a uint8 array'),
+        ({'image': BLANK}, 'dict is not an image'),
+        (None, 'NoneType is not an image'),
+        ([None], 'NoneType is not an image'),
         (
             BLANK[None],
-            r'and this is uint8 \[1, 8, 8, 3\]: convert it, and give several images as a list',
+            r'uint8 \[1, 8, 8, 3\] is not an image: give .*, or a list of them',
         ),
-        (jnp.zeros((8, 8, 3)), r'an image is .* and this is float32 \[8, 8, 3\]'),
+        (jnp.zeros((8, 8, 3)), r'float32 \[8, 8, 3\] is not an image'),
     ],
     ids=['address', 'missing', 'bytes', 'dict', 'none', 'none in a list', 'batch', 'float'],
 )

@@ -128,21 +128,19 @@ def test_the_state_of_another_model_is_refused(tmp_path, wanted):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 3)
     checkpoints.close()
-    with pytest.raises(
-        UserError, match=r'checkpoints/3 does not hold the state of this model .*choose another --workdir'
-    ):
+    with pytest.raises(UserError, match=r'checkpoints/3 holds the state of another model .*choose another --workdir'):
         Checkpoints(tmp_path).restore(3, wanted)
 
 
 def test_where_there_is_no_checkpoint_the_message_says_so(tmp_path):
     assert not has_checkpoints(tmp_path)
-    with pytest.raises(UserError, match='holds no checkpoints: give the --workdir of a training run'):
+    with pytest.raises(UserError, match='has no checkpoints: give the --workdir of a training run'):
         load_variables(tmp_path, 'eval/AP')
     assert list(tmp_path.iterdir()) == []
     Checkpoints(tmp_path).close()
     assert list(tmp_path.iterdir()) == []  # the first save makes the folder
     (tmp_path / 'checkpoints').mkdir()
-    with pytest.raises(UserError, match='holds no checkpoints'):
+    with pytest.raises(UserError, match='has no checkpoints'):
         load_variables(tmp_path, 'eval/AP')
 
 
@@ -156,7 +154,7 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path):
     shutil.copytree(tmp_path / 'saved/checkpoints/4', unfinished)
     (unfinished / 'metrics/metrics').write_text('{"eval/A')
     assert not has_checkpoints(killed)
-    with pytest.raises(UserError, match='holds no checkpoints'):
+    with pytest.raises(UserError, match='has no checkpoints'):
         load_variables(killed, 'eval/AP')
     assert unfinished.exists() and not (killed / 'checkpoints-damaged').exists()  # whoever reads changes nothing
     checkpoints = Checkpoints(killed)
@@ -260,9 +258,7 @@ def test_a_changed_bit_is_noticed_and_the_message_says_what_was_done(two_saved, 
     content = bytearray(array.read_bytes())
     content[len(content) // 2] ^= 1
     array.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r'checkpoints/2 is damaged \(.*\): move it away, and the next best one is used'
-    ):
+    with pytest.raises(UserError, match=r'checkpoints/2 is damaged \(.*\): move it away to use the next best one'):
         load_variables(workdir, 'eval/AP')
     with console.terminal.capture() as printed:
         step, _ = Checkpoints(workdir).restore_latest(state())
@@ -299,7 +295,7 @@ def test_a_system_that_refuses_to_read_is_no_damage(two_saved, tmp_path, monkeyp
         raise ValueError('cannot restore') from error
 
     monkeypatch.setattr(checkpoints._manager, 'restore', refuse)
-    with pytest.raises(UserError, match=r'checkpoints/2 cannot be read \(.*\): nothing was changed; start again'):
+    with pytest.raises(UserError, match=r'checkpoints/2 cannot be read \(.*\): nothing was changed; fix the cause'):
         checkpoints.restore_latest(state())
     assert steps_in(workdir) == [1, 2] and not (workdir / 'checkpoints-damaged').exists()
 
@@ -338,7 +334,7 @@ def test_where_all_are_damaged_nothing_starts_from_zero(two_saved, tmp_path):
     workdir = shutil.copytree(two_saved, tmp_path / 'run')
     for step in (1, 2):
         (workdir / f'checkpoints/{step}/state/manifest.ocdbt').write_bytes(b'')
-    message = r'holds no whole checkpoint: mend those in .*checkpoints-damaged, or start anew in another --workdir'
+    message = r'has no intact checkpoint: repair one in .*checkpoints-damaged and move it back, or start anew'
     with pytest.raises(UserError, match=message):
         Checkpoints(workdir).restore_latest(state())
     assert Checkpoints(tmp_path / 'nothing').restore_latest(state()) is None
@@ -369,7 +365,9 @@ def test_a_full_disk_costs_no_checkpoint_and_the_next_save_tries_again(tmp_path)
 
 def test_a_run_that_cannot_save_at_all_ends(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    message = r'the first checkpoint, of step 7, could not be written \(.*File too large\): make room on the disk of'
+    message = (
+        r'the first checkpoint, of step 7, could not be written \(.*File too large\): free up space on the disk of'
+    )
     with full_disk(10), pytest.raises(UserError, match=message):
         save(checkpoints, 7)
         checkpoints.check(wait=True)

@@ -35,7 +35,7 @@ def test_what_a_full_disk_refuses_is_whole_and_in_order_once_there_is_room(tmp_p
 
 
 def test_what_waits_for_room_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, 'MAX_WAITING', 10)
+    monkeypatch.setattr(files, 'MAX_PENDING', 10)
     lines = Appender(tmp_path / 'lines')
     with full_disk(0):
         for number in range(5):

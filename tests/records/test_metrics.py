@@ -117,7 +117,9 @@ def test_a_full_disk_ends_no_log_and_nothing_is_missing_once_there_is_room(tmp_p
         4,
     ]
     out = capsys.readouterr().out
-    assert f'WARNING: {tmp_path} takes no log (File too large): training goes on, and what is missing is written' in out
+    assert (
+        f'WARNING: the log in {tmp_path} cannot be written (File too large): training goes on, and the missing' in out
+    )
 
 
 def test_incidents_behind_the_step_to_continue_from_are_forgotten(tmp_path):

@@ -115,7 +115,7 @@ def test_written_pictures_are_read_back_as_rgb(tmp_path, ending):
 
 
 def test_an_unknown_ending_is_the_users_error(tmp_path):
-    with pytest.raises(UserError, match='end the name in'):
+    with pytest.raises(UserError, match='choose a name that ends in'):
         write_image(tmp_path / 'picture.tiff2', np.zeros((4, 4, 3), np.uint8))
 
 

@@ -73,7 +73,7 @@ def test_its_failures_end_no_run(wandb, tmp_path, capsys):
         log.write(2, {'train/loss': 0.4})
     assert (tmp_path / 'metrics.jsonl').read_text().count('\n') == 2
     assert capsys.readouterr().out == (
-        'WARNING: Weights & Biases gets no more of this run (no route): training goes on\n'
+        'WARNING: logging to Weights & Biases failed and is off for this run (no route): training goes on\n'
     )
 
 
@@ -82,7 +82,7 @@ def test_a_refusal_says_the_way_out(wandb, tmp_path):
         raise FakeError('no API key')
 
     wandb.init = refuse
-    with pytest.raises(UserError, match="wandb='cells': no API key: wandb login, or WANDB_MODE=offline"):
+    with pytest.raises(UserError, match="wandb='cells': no API key: run `wandb login`, or set WANDB_MODE=offline"):
         WandbRun('cells', tmp_path)
 
 

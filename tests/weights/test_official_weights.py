@@ -96,12 +96,12 @@ def test_layouts(lite0_arrays, load_lite0):
 
 
 def test_missing_array_is_named(lite0_arrays, load_lite0):
-    with pytest.raises(UserError, match=rf'1 missing.*{KERNEL}.*0 left over'):
+    with pytest.raises(UserError, match=rf'1 missing.*{KERNEL}.*0 unexpected'):
         load_lite0({name: array for name, array in lite0_arrays.items() if name != KERNEL})
 
 
 def test_array_left_over_is_named(lite0_arrays, load_lite0):
-    with pytest.raises(UserError, match=r'0 missing.*1 left over.*global_step'):
+    with pytest.raises(UserError, match=r'0 missing.*1 unexpected.*global_step'):
         load_lite0(lite0_arrays | {'global_step': np.zeros(())})
 
 
@@ -111,5 +111,5 @@ def test_array_of_another_shape_is_named(lite0_arrays, load_lite0):
 
 
 def test_weights_of_another_model_do_not_load(load_lite0):
-    with pytest.raises(UserError, match=r'missing.*left over'):
+    with pytest.raises(UserError, match=r'missing.*unexpected'):
         load_lite0(goldens.official_arrays(goldens.load('network_d0')['variables']))

@@ -45,9 +45,9 @@ def ours():
 def read(source, shapes, member):
     """(our variables, what they were recognised as); nothing may be missing, spare or of another shape."""
     found = families.recognise(readers.read(source).arrays)
-    wanted = {path: shape for path, shape in shapes.items() if found.whole or path[1] == 'backbone'}
-    matched = names.match(found.arrays, wanted, member.backbone, found.scheme)
-    assert (matched.missing, matched.misshapen, matched.spare) == ({}, {}, [])
+    wanted = {path: shape for path, shape in shapes.items() if found.is_detector or path[1] == 'backbone'}
+    matched = names.match_weights(found.arrays, wanted, member.backbone, found.scheme)
+    assert (matched.missing, matched.mismatched, matched.unexpected) == ({}, {}, [])
     return matched.arrays, found
 
 
@@ -102,7 +102,7 @@ def test_detectors(form, name, ours, tmp_path):
     source = write(tmp_path, rename(layers, written, implementation))
     arrays, found = read(source, shapes, member)
     assert_same(arrays, written)
-    assert (found.family, found.whole) == ('effdet' if implementation == 'effdet' else 'official', True)
+    assert (found.family, found.is_detector) == ('effdet' if implementation == 'effdet' else 'official', True)
     assert families.num_classes(found, 9) == member.classes
     _, _, repeats, squeeze = writers.BACKBONES[member.backbone]
     size = sum(repeats), squeeze, member.cells, member.channels, member.head_layers
@@ -173,6 +173,6 @@ def test_backbones_alone(form, name, ours, tmp_path):
     source = write(tmp_path, rename(layers, written, member.backbone))
     arrays, found = read(source, shapes, member)
     assert_same(arrays, written)
-    assert (found.family, found.whole) == (family, False)
+    assert (found.family, found.is_detector) == (family, False)
     assert families.size_of(found) == (16, name == 'swish', 0, 0, 0)
     assert "ImageNet's classifier" in found.unused.values()

@@ -1,4 +1,4 @@
-"""How fast a config is on this machine: inference, training step, input. `start_times` has the time before that."""
+"""Measures inference, the training step and the input pipeline on this machine. `start_times` measures the start."""
 
 import functools
 import os
@@ -13,19 +13,19 @@ import numpy as np
 
 from effdet_jax import data
 from effdet_jax.commands.benchmark.peaks import Peak, peak
-from effdet_jax.errors import UserError
 from effdet_jax.inference.detector import Detector, Thresholds, image_anchors, make_detect, make_detect_pixels
 from effdet_jax.model import EfficientDet, build_model
 from effdet_jax.model.cost import cost_of_parts
 from effdet_jax.records.console import stage, track
+from effdet_jax.records.files import explaining_write_errors
 from effdet_jax.runtime import devices, process, timing, xla
 from effdet_jax.training import footprint
 from effdet_jax.training.compiled import compile_step, map_train_step
 from effdet_jax.training.state import init_state, init_variables
 
-PHOTO = 480, 640  # height, width of the pictures that go from image to boxes: the size most of COCO's have
+PHOTO = 480, 640  # height and width of the photographs, the most common size in COCO
 CLASSES_WITHOUT_DATA = 90
-OBJECTS = 8  # of a training image
+OBJECTS = 8  # per training image
 SECONDS_OF_A_BLOCK = 0.5
 PROFILED_CALLS = 3
 MIB = 2**20
@@ -34,19 +34,19 @@ Row = dict[str, Any]
 
 
 class Task(NamedTuple):
-    """Something to be timed. `call` starts it once; `batch` images at a time."""
+    """Something to time."""
 
     what: str
-    batch: int
-    flops: float  # of one call, by the network's convolutions
-    start: Callable[[], tuple[Callable[[], Any], float | None]]  # -> (call, bytes that a call moves, if known)
-    ahead: int = 0  # calls under way when the next one is started
+    batch: int  # images per call
+    flops: float  # of the convolutions in one call
+    start: Callable[[], tuple[Callable[[], Any], float | None]]  # -> (function to time, bytes moved per call, if known)
+    ahead: int = 0  # unfinished calls when the next one starts
 
 
 def infer(config: Any, batches: Sequence[int], repeats: int, profile: Path | None = None) -> Iterator[Row]:
     """A row for each stage and batch size: the network only, resized images to boxes, photographs to boxes."""
     model = build_model(config.model, num_classes(config))
-    with stage('drawing weights'):
+    with stage('initialising weights'):
         variables = jax.block_until_ready(init_variables(model, config.seed))
     flops = forward_flops(config, model)
     best = _peak(config)
@@ -57,16 +57,16 @@ def infer(config: Any, batches: Sequence[int], repeats: int, profile: Path | Non
 
 
 def train(config: Any, repeats: int, profile: Path | None = None) -> Iterator[Row]:
-    """One row: the step as the training loop takes it."""
+    """One row: the training step, as the training loop runs it."""
     classes = num_classes(config)
     model = build_model(config.model, classes, devices.AXIS)
     batch_size = devices.host_batch_size('config.train.batch_size', config.train.batch_size, config.train.accumulate)
-    with stage('drawing weights'):
+    with stage('initialising weights'):
         variables = init_variables(model, config.seed)
     anchors_N4, batch = image_anchors(config), footprint.random_batch(config, batch_size, classes, OBJECTS)
 
     def start() -> tuple[Callable[[], Any], float | None]:
-        step, optimizer = map_train_step(config, model, anchors_N4, 10**6, 10**6)  # the warm-up's small first rate
+        step, optimizer = map_train_step(config, model, anchors_N4, 10**6, 10**6)  # long warm-up: a tiny learning rate
         state = devices.replicate(
             init_state(variables, optimizer, config.train.ema_decay, config.adversarial.weight > 0)
         )
@@ -79,17 +79,17 @@ def train(config: Any, repeats: int, profile: Path | None = None) -> Iterator[Ro
 
         return call, _bytes_moved(compiled)
 
-    flops = 3 * forward_flops(config, model) * batch_size  # backward: once for the inputs, once for the kernels
+    flops = 3 * forward_flops(config, model) * batch_size  # forward, gradient of the inputs, gradient of the kernels
     num_devices = jax.local_device_count()
     task = Task('training step', batch_size, flops / num_devices, start, devices.steps_ahead())
     yield _timed(task, repeats, _peak(config), profile)
 
 
 def read(config: Any) -> Iterator[Row]:
-    """A row for each stage of the input, of the config's own training data."""
+    """A row for each stage of the input pipeline, on the training data of the config."""
     d = config.dataset
     source = data.open_source(d.source, d.train_split, d.class_names)
-    with stage('measuring the input'):
+    with stage('measuring the input pipeline'):
         rates = data.stage_rates(
             source, image_size=tuple(config.image.size), scale_range=tuple(config.augment.scale),
             threads=os.cpu_count() or 1,
@@ -99,12 +99,12 @@ def read(config: Any) -> Iterator[Row]:
 
 
 def num_classes(config: Any) -> int:
-    """As many as the config names; COCO's where it names none. The data are not opened for that."""
+    """The number of classes in the config, or COCO's 90 if it names none. Does not open the data."""
     return len(config.dataset.class_names) or CLASSES_WITHOUT_DATA
 
 
 def forward_flops(config: Any, model: EfficientDet) -> float:
-    """Of one image: two for each multiply-accumulate of the convolutions."""
+    """Operations per image: two for each multiply-accumulate of the convolutions."""
     height, width = config.image.size
     return 2 * sum(cost.macs for cost in cost_of_parts(model, (height, width)).values())
 
@@ -118,7 +118,7 @@ def _network(config: Any, model: EfficientDet, variables: Any, batch: int) -> tu
 def _resized_to_boxes(
     config: Any, model: EfficientDet, variables: Any, batch: int
 ) -> tuple[Callable[[], Any], float | None]:
-    """As evaluation does: the host has resized."""
+    """From images that the host has resized, as in evaluation, to boxes."""
     images = np.random.default_rng(0).integers(0, 256, (batch, *config.image.size, 3), np.uint8)
     sizes = np.tile(np.array(config.image.size, np.int32), (batch, 1))
     compiled = xla.jit(make_detect(config, model)).lower(variables, images, sizes).compile()
@@ -128,7 +128,7 @@ def _resized_to_boxes(
 def _photograph_to_boxes(
     config: Any, model: EfficientDet, variables: Any, batch: int
 ) -> tuple[Callable[[], Any], float | None]:
-    """As `Detector` does, to boxes in NumPy."""
+    """From photographs to boxes in NumPy, by calling a `Detector`."""
     classes, c = num_classes(config), config.eval
     function = functools.partial(xla.jit(make_detect_pixels(config, model)), variables)
     names = tuple(f'class {label}' for label in range(classes))
@@ -147,7 +147,7 @@ INFERENCE = {
 
 
 def _timed(task: Task, repeats: int, best: Peak, profile: Path | None) -> Row:
-    """Compiles, warms up, measures; the row of a table."""
+    """Compiles, warms up and measures a task; returns a row for the tables."""
     name = f'{task.what}, batch {task.batch}'
     before = perf_counter()
     with stage(f'compiling {name}'):
@@ -182,19 +182,19 @@ def _timed(task: Task, repeats: int, best: Peak, profile: Path | None) -> Row:
 
 
 def _peak(config: Any) -> Peak:
-    with stage('what this device can do'):
+    with stage('finding the peak of this device'):
         return peak(config.model.dtype)
 
 
 def _bytes_moved(compiled: jax.stages.Compiled) -> float | None:
-    """Between the program's fused kernels and memory, on each device, by the compiler's count."""
-    found = compiled.cost_analysis()
-    found = found[0] if isinstance(found, list) else found
-    return found.get('bytes accessed') if found else None
+    """Bytes moved between fused kernels and memory on each device, as counted by the compiler."""
+    costs = compiled.cost_analysis()
+    costs = costs[0] if isinstance(costs, list) else costs
+    return costs.get('bytes accessed') if costs else None
 
 
 def _peak_memory() -> int:
-    """Bytes: of the device since the start of this process, or on a CPU of this process since it was warm."""
+    """Peak bytes of the device since the start of this process; on a CPU, of the process since the warm-up."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     return statistics.get('peak_bytes_in_use') or timing.peak_bytes()
 
@@ -202,9 +202,7 @@ def _peak_memory() -> int:
 def _trace(profile: Path | None, name: str) -> AbstractContextManager:
     if profile is None:
         return nullcontext()
-    # The profiler's records would break up what is kept, and every call would take as much anew.
+    # The profiler's records fragment the memory that glibc keeps, so every call would have to allocate anew.
     process.keep_scratch_memory(process.KEPT_BY_GLIBC)
-    try:
+    with explaining_write_errors(profile, 'choose another --profile'):
         return jax.profiler.trace(str(profile / name.replace(', ', '-').replace(' ', '_')))
-    except OSError as error:
-        raise UserError(f'--profile={profile} cannot be written ({error.strerror}): choose another folder') from error

@@ -1,4 +1,4 @@
-"""What a benchmark has measured, as Markdown."""
+"""The results of a benchmark as Markdown tables."""
 
 import datetime
 import platform
@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def settings(config: Any, what: str) -> dict[str, Any]:
-    """What the figures hold for."""
+    """The conditions of the measurement."""
     height, width = config.image.size
     return {
         'what': what,
@@ -29,8 +29,8 @@ def settings(config: Any, what: str) -> dict[str, Any]:
     }
 
 
-def report(settings: dict[str, Any], rows: Sequence[Row]) -> str:
-    """A table of the rows, under what they hold for and above what their columns mean."""
+def to_markdown(settings: dict[str, Any], rows: Sequence[Row]) -> str:
+    """The settings, a table of the rows, and an explanation of its columns."""
     title = ', '.join(map(str, settings.values())) + '\n'
     if 'flops/s' in rows[0]:
         return _speeds(title, rows)
@@ -56,11 +56,11 @@ def _speeds(title: str, rows: Sequence[Row]) -> str:
     )  # fmt: skip
     best = rows[0]['peak']
     return (
-        f'{table(header, cells, title)}\n\nms: median of {rows[0]["seconds"]["count"]} blocks. GFLOP/s: of the '
-        "network's convolutions on each device, two operations for a multiply-accumulate; a training step counts three "
-        'passes, whatever is computed twice. MiB moved: between kernels and memory, as the compiler counts it. Peak: '
+        f'{table(header, cells, title)}\n\nms: median of {rows[0]["seconds"]["count"]} blocks. GFLOP/s: convolutions '
+        'only, per device; a multiply-accumulate counts as two operations, a training step as three forward passes. '
+        'MiB moved: between kernels and memory, as counted by the compiler. Peak: '
         f'{best["flops"] / 1e9:,.0f} GFLOP/s and {best["bandwidth"] / 1e9:,.0f} GB/s ({best["source"]}). '
-        'Peak MiB: of the device; on a CPU of the whole process, with what the compiler has left.'
+        'Peak MiB: of the device; on a CPU, of the whole process, including memory left by the compiler.'
     )
 
 

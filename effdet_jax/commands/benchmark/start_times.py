@@ -1,7 +1,7 @@
-"""How long a run takes from its command to its first step, phase by phase, each time in a process of its own.
+"""Measures the time from the command to the first training step, by phases, with a new process for every start.
 
-`python -m effdet_jax.commands.benchmark.start_times FOLDER PHASES` is such a process: it prints what it took as one
-line of JSON.
+Each process runs `python -m effdet_jax.commands.benchmark.start_times FOLDER PHASES` and prints its times as one line
+of JSON.
 """
 
 import itertools
@@ -23,16 +23,16 @@ from effdet_jax.runtime import process, timing
 Row = dict[str, Any]
 
 MODULE = 'effdet_jax.commands.benchmark.start_times'
-CACHE_SETTINGS = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}  # many small programs make up a start
+CACHE_SETTINGS = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}  # a start compiles many small programs
 
 
 def measure(config: Any, repeats: int, compiles: bool = True) -> Iterator[Row]:
-    """A row for each phase, cold (with an empty compilation cache) and warm (after the cold ones).
+    """A row for each phase, cold (empty compilation cache) and warm (cache filled by an earlier start).
 
-    `compiles` False: stops where the step is traced and lowered, which for the largest networks is long enough.
+    With `compiles` False, a start ends after tracing and lowering, which takes long enough for the largest networks.
 
     Raises:
-      UserError: where a start fails; its own error stands above.
+      UserError: if a start fails; its own error is printed above.
     """
     for temperature in ('cold', 'warm') if compiles else ('cold',):
         with tempfile.TemporaryDirectory() as warm_cache:
@@ -62,7 +62,7 @@ def _start(config: Any, cache: str, compiles: bool) -> dict[str, float]:
 
 
 def _start_here(folder: Path, compiles: bool, over: Callable[[str], None]) -> None:
-    """Starts as `main` does; tells `over` the name of each phase when it is over."""
+    """Starts a training as `main` does, and calls `over` with the name of each phase at its end."""
     import jax
 
     from effdet_jax.build import build_run

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from effdet_jax.commands import cli
@@ -22,9 +22,7 @@ IMAGES = flags.DEFINE_bool(
 OUT = flags.DEFINE(cli.PATH, 'out', None, 'folder for check.json and pictures, created if missing')
 
 
-def main(arguments: Sequence[str]) -> None:
-    if arguments:
-        raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --config=FILE --out=DIR')
+def main(_: Sequence[str]) -> None:
     from effdet_jax.commands.check_data import inspection_report  # imported late to keep --help fast
     from effdet_jax.inspection import inspect
     from effdet_jax.records.console import info

@@ -24,9 +24,7 @@ DRAW = flags.DEFINE(cli.PATH, 'draw', None, 'write a picture of the feature netw
 OUT = flags.DEFINE(cli.PATH, 'out', None, 'write the plan to this Markdown file')
 
 
-def main(arguments: Sequence[str]) -> None:
-    if arguments:
-        raise app.UsageError(f'unexpected {" ".join(arguments)}: everything is a flag, --config=FILE --memory=16GiB')
+def main(_: Sequence[str]) -> None:
     if FIT.value and NO_DATA.value:
         raise app.UsageError('--fit needs the data: remove --no-data')
     from effdet_jax.commands.plan import planner  # imported late to keep --help fast

@@ -1,4 +1,4 @@
-"""Detection in files: images are drawn, videos annotated, and everything that is found becomes COCO results."""
+"""Detects objects in image and video files: draws the boxes and writes COCO results."""
 
 import dataclasses
 import re
@@ -20,8 +20,8 @@ from effdet_jax.records.files import json_list
 from effdet_jax.records.pictures import write_image
 from effdet_jax.runtime import paths
 
-THREADS = 4  # that read and write pictures while the network works
-LARGEST_ID = 2**53 - 1  # the largest integer that every reader of JSON keeps
+THREADS = 4  # for reading and writing pictures while the network runs
+LARGEST_ID = 2**53 - 1  # the largest integer that every JSON reader keeps exactly
 
 A = TypeVar('A')
 B = TypeVar('B')
@@ -29,26 +29,27 @@ B = TypeVar('B')
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to do with what is found."""
+    """The options of `predict`."""
 
     detector: Detector
     out: Path
-    score: float  # from which a box is drawn and cut out
-    classes: tuple[str, ...] = ()  # the only ones wanted; empty: all
+    score: float  # minimum score of boxes to draw and crop
+    classes: tuple[str, ...] = ()  # detect only these; empty: all
     crop: bool = False
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.classes if name not in self.detector.class_names]:
             raise UserError(
-                f'--classes: {", ".join(unknown)} unknown; this detector knows {", ".join(self.detector.class_names)}'
+                f'--classes: unknown {", ".join(unknown)}; this detector has {", ".join(self.detector.class_names)}'
             )
 
-    def wanted(self, found: Detections) -> Detections:
-        return found.of(self.classes) if self.classes else found
+    def select(self, detections: Detections) -> Detections:
+        """The detections of the chosen classes."""
+        return detections.of(self.classes) if self.classes else detections
 
-    def cut_out(self, found: Detections, image: np.ndarray, name: str) -> None:
-        """Every detection into OUT/crops/CLASS/NAME.NUMBER.png."""
-        for number, (class_name, crop) in enumerate(zip(found.names, found.crops(image), strict=True)):
+    def write_crops(self, detections: Detections, image: np.ndarray, name: str) -> None:
+        """Writes the content of each box to OUT/crops/CLASS/NAME.NUMBER.png."""
+        for number, (class_name, crop) in enumerate(zip(detections.names, detections.crops(image), strict=True)):
             folder = re.sub(r'[^\w .-]|^\.+', '_', class_name)  # a class may be called a/c, or ..
             write_image(self.out / 'crops' / folder / f'{name}.{number}.png', crop)
 
@@ -56,15 +57,15 @@ class Job:
 def predict(job: Job, files: Mapping[Path, str]) -> None:
     """Writes a picture or a video for each of `files` {path: name of its results}, and detections.json.
 
-    detections.json holds all detections in images, for evaluation; of videos those that are drawn, with the number of
-    the frame, from 0. Each has the `file_name` that is in `files`.
+    detections.json has all detections in images, for evaluation. For videos it has the drawn detections with the number
+    of their frame, from 0. The name in `files` becomes the `file_name`.
 
     Raises:
-      UserError: at the end, where files could not be read, naming them; at once for classes that there are not.
+      UserError: at the end, if files could not be read, with their names.
     """
     videos = {path: name for path, name in files.items() if paths.is_video(path)}
     images = {path: name for path, name in files.items() if path not in videos}
-    left_out: list[str] = []
+    errors: list[str] = []
     count = 0
     with json_list(job.out / 'detections.json') as write:
 
@@ -74,31 +75,31 @@ def predict(job: Job, files: Mapping[Path, str]) -> None:
             write(rows)
 
         if images:
-            _detect_in_images(job, images, record, left_out)
-        seen_images = len(images) - len(left_out)
+            _detect_in_images(job, images, record, errors)
+        num_images = len(images) - len(errors)
         for path, name in videos.items():
             try:
                 _detect_in_video(job, path, name, record)
             except UserError as error:
-                left_out.append(str(error))
-        seen_videos = len(files) - len(left_out) - seen_images
-        if len(left_out) == len(files):
-            raise UserError(f'nothing could be read; the first: {left_out[0]}')
-    seen = [
+                errors.append(str(error))
+        num_videos = len(files) - len(errors) - num_images
+        if len(errors) == len(files):
+            raise UserError(f'none of {len(files)} files could be read; the first: {errors[0]}')
+    done = [
         f'{number} {kind}{"s" if number > 1 else ""}'
-        for number, kind in ((seen_images, 'image'), (seen_videos, 'video'))
+        for number, kind in ((num_images, 'image'), (num_videos, 'video'))
         if number
     ]
-    info(f'{", ".join(seen)}, {count} detections: {job.out}/detections.json')
-    if left_out:
-        raise UserError(f'{len(left_out)} of {len(files)} files were left out: {"; ".join(left_out)}')
+    info(f'{", ".join(done)}, {count} detections: {job.out}/detections.json')
+    if errors:
+        raise UserError(f'{len(errors)} of {len(files)} files could not be read: {"; ".join(errors)}')
 
 
 def image_ids(names: Collection[str]) -> dict[str, int | str]:
-    """{name: image_id in COCO results}, each of which occurs once.
+    """{name: image_id in COCO results}; the ids are unique.
 
-    COCO names an image after its number: 000000397133.jpg is 397133. An image whose name is no number, or the same
-    number as that of another, is known by its name.
+    COCO names files by their image id: 000000397133.jpg has the id 397133. If a file name is not a number, or two files
+    have the same number, the name itself is the id.
     """
     stems = {name: PurePath(name).stem for name in names}
     numbers = {name: int(stem) for name, stem in stems.items() if stem.isdecimal() and int(stem) <= LARGEST_ID}
@@ -109,31 +110,31 @@ def image_ids(names: Collection[str]) -> dict[str, int | str]:
 Record = Callable[[list[dict[str, Any]]], None]
 
 
-def _detect_in_images(job: Job, images: Mapping[Path, str], record: Record, left_out: list[str]) -> None:
-    """Reading and drawing happen in threads, a few images ahead and behind, so any number of images fits in memory."""
-    waiting: deque[tuple[str, np.ndarray]] = deque()
+def _detect_in_images(job: Job, images: Mapping[Path, str], record: Record, errors: list[str]) -> None:
+    """Reads and draws in threads, only a few images at a time, so any number of images fits in memory."""
+    running: deque[tuple[str, np.ndarray]] = deque()
     ids = image_ids(images.values())
 
     def readable(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
         for name, image in zip(images.values(), _ahead(pool, _read, images), strict=True):
             if isinstance(image, UserError):
-                left_out.append(str(image))
+                errors.append(str(image))
             else:
-                waiting.append((name, image))
+                running.append((name, image))
                 yield image
 
     def detected(pool: ThreadPoolExecutor) -> Iterator[tuple[str, np.ndarray, Detections]]:
-        for everything in job.detector.stream(readable(pool)):
-            found, (name, image) = job.wanted(everything), waiting.popleft()
-            rows = found.to_coco(ids[name], job.detector.category_ids)
+        for all_classes in job.detector.stream(readable(pool)):
+            detections, (name, image) = job.select(all_classes), running.popleft()
+            rows = detections.to_coco(ids[name], job.detector.category_ids)
             record([row | {'file_name': name} for row in rows])
-            yield name, image, found.above(job.score)
+            yield name, image, detections.above(job.score)
 
     def save(item: tuple[str, np.ndarray, Detections]) -> None:
-        name, image, found = item
-        write_image(job.out / f'{name}.png', found.draw(image))
+        name, image, detections = item
+        write_image(job.out / f'{name}.png', detections.draw(image))
         if job.crop:
-            job.cut_out(found, image, name)
+            job.write_crops(detections, image, name)
 
     speed = _Speed(job.detector.batch_size)
     with (
@@ -141,16 +142,16 @@ def _detect_in_images(job: Job, images: Mapping[Path, str], record: Record, left
         Progress(len(images), unit='image', description='detecting', keep=False) as progress,
     ):
         for done, _ in enumerate(_ahead(pool, save, detected(pool)), start=1):
-            progress.update(done + len(left_out), speed.values('images/s', done))
+            progress.update(done + len(errors), speed.values('images/s', done))
 
 
 def _detect_in_video(job: Job, path: Path, name: str, record: Record) -> None:
     video = open_video(path)
-    waiting: deque[np.ndarray] = deque()
+    running: deque[np.ndarray] = deque()
 
     def frames() -> Iterator[np.ndarray]:
         for frame in video.frames():
-            waiting.append(frame)
+            running.append(frame)
             yield frame
 
     total, speed = max(video.num_frames, 1), _Speed(job.detector.batch_size)
@@ -159,30 +160,30 @@ def _detect_in_video(job: Job, path: Path, name: str, record: Record) -> None:
         Progress(total, unit='frame', description=name, keep=False) as progress,
     ):
         done = 0
-        for done, everything in enumerate(job.detector.stream(frames()), start=1):
-            found, frame, number = job.wanted(everything).above(job.score), waiting.popleft(), done - 1
-            rows = found.to_coco(f'{name}#{number}', job.detector.category_ids)
+        for done, all_classes in enumerate(job.detector.stream(frames()), start=1):
+            detections, frame, number = job.select(all_classes).above(job.score), running.popleft(), done - 1
+            rows = detections.to_coco(f'{name}#{number}', job.detector.category_ids)
             record([row | {'file_name': name, 'video': name, 'frame': number} for row in rows])
-            write(found.draw(frame, enlarge=False))
+            write(detections.draw(frame, enlarge=False))
             if job.crop:
-                job.cut_out(found, frame, f'{name}.{number:06d}')
-            # The total is a guess: 100 % is said once, after the last frame.
+                job.write_crops(detections, frame, f'{name}.{number:06d}')
+            # The total is an estimate, so 100 % is shown only after the last frame.
             progress.update(min(done, total - 1), speed.values('frames/s', done))
         progress.update(total)
     if done < 0.95 * video.num_frames:
-        info(f'note: {path} ends after {done} of {video.num_frames} frames: is it damaged?')
+        info(f'note: {path} ends after {done} of {video.num_frames} frames: it may be damaged')
     rate = ''.join(f', detected at {v:.1f} {unit}' for unit, v in speed.values('frames/s', done).items())
-    info(f'{job.out / name}.mp4: {done} frames, {video.frame_rate:.4g} a second{rate}; without sound')
+    info(f'{job.out / name}.mp4: {done} frames at {video.frame_rate:.4g} frames/s{rate}; without sound')
 
 
 class _Speed:
-    """Things per second, without the first batch: that one waits for compilation."""
+    """Images per second, without the first batch, which includes compilation."""
 
     def __init__(self, first: int) -> None:
         self._first, self._start = first, 0.0
 
     def values(self, unit: str, done: int) -> dict[str, float]:
-        """{unit: things per second}, empty at first."""
+        """{unit: speed}, empty during the first batch."""
         if done <= self._first:
             self._start = perf_counter()
             return {}
@@ -190,14 +191,14 @@ class _Speed:
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """`map(function, items)`, computed in the pool a few items ahead."""
-    running: deque[Future[B]] = deque()
+    """Like `map(function, items)`, but computed in the pool a few items ahead."""
+    futures: deque[Future[B]] = deque()
     for item in items:
-        running.append(pool.submit(function, item))
-        if len(running) > THREADS:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
+        futures.append(pool.submit(function, item))
+        if len(futures) > THREADS:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 def _read(path: Path) -> np.ndarray | UserError:

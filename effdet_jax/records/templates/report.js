@@ -1,4 +1,4 @@
-// Columns of a table.sortable, by the button in their heads; numbers by value, missing ones last.
+// Sorts a table.sortable by a click on a column head: numbers by value, missing values last.
 for (const button of document.querySelectorAll('table.sortable th button')) {
   button.addEventListener('click', () => {
     const head = button.closest('th'), table = head.closest('table'), column = head.cellIndex;

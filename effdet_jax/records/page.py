@@ -1,4 +1,4 @@
-"""One self-contained HTML page: a Jinja template filled with numbers, charts and pictures. It requests nothing."""
+"""One self-contained HTML page: a Jinja template filled with numbers, charts and pictures. It loads nothing else."""
 
 import base64
 import math
@@ -14,10 +14,10 @@ JPEG_QUALITY = 82
 
 
 def render(content: Mapping[str, Any]) -> str:
-    """The page. `content` has what `templates/report.html.jinja` names; all text is escaped, but for the charts.
+    """The page. `content` has every name used in `templates/report.html.jinja`. All text is escaped; charts are not.
 
     Raises:
-        jinja2.UndefinedError: where `content` lacks something.
+        jinja2.UndefinedError: if a name is missing from `content`.
     """
     loader = jinja2.PackageLoader('effdet_jax.records', 'templates')
     environment = jinja2.Environment(
@@ -42,5 +42,5 @@ def _count(value: int) -> str:
 
 
 def _share(value: float | None) -> str:
-    """For CSS: a number in [0, 1]."""
+    """A number in [0, 1] for CSS."""
     return '0' if value is None or math.isnan(value) else f'{min(max(value, 0.0), 1.0):.4f}'
