@@ -71,12 +71,12 @@ def _official(name: str, dataset: str) -> Any:
                     per_channel=False,  # a weight for every channel of an edge, not one for the edge
                     separable=True,  # depthwise and pointwise convolutions, not 3x3 ones
                 ),
-                channels=scale.channels,
-                cells=scale.cells,
+                fpn_channels=scale.fpn_channels,  # of the feature network, and of the heads
+                fpn_cells=scale.fpn_cells,  # repeats of the feature network
                 head_layers=scale.head_layers,
                 max_level=scale.max_level,  # levels P3..P{max_level}
                 stochastic_depth=scale.stochastic_depth,  # rate of the last block; it grows linearly from 0
-                anchors=dict(scale=scale.anchor_scale, octaves=3, aspect_ratios=(1.0, 2.0, 0.5)),
+                anchors=dict(scale=scale.anchor_scale, scales_per_octave=3, aspect_ratios=(1.0, 2.0, 0.5)),
                 dtype='float32',  # of the computation; bfloat16 on TPU and GPU
                 remat=False,  # recompute activations in the backward pass: less memory, more time
             ),
@@ -84,9 +84,9 @@ def _official(name: str, dataset: str) -> Any:
                 **DATASETS[dataset],
                 class_names=(),  # empty: taken from the data
                 category_ids=(),  # of the classes in COCO results; empty: taken from the data
-                fingerprint='',  # of other training data that a run may continue with; its error message names it
+                accepted_fingerprint='',  # of other training data to continue with; an error message says which
                 max_boxes=100,  # per image, in training
-                max_unreadable=0.01,  # share of the images that may be unreadable before the run stops
+                max_unreadable_fraction=0.01,  # of the images that may be unreadable before the run stops
                 threads=2,  # that decode and resize, per host
                 prefetch=16,  # batches
                 cache_gb=0.0,  # of decoded training images to keep in memory, per host: for data sets that fit
@@ -129,9 +129,9 @@ def _official(name: str, dataset: str) -> Any:
             train=dict(
                 epochs=scale.epochs,
                 batch_size=64,  # over all devices
-                accumulate=1,  # split each batch into so many parts, one after the other
+                gradient_accumulation_steps=1,  # split each batch into so many parts, one after the other
                 ema_decay=0.9998,  # reached by (1 + t) / (10 + t); 0: no average
-                max_skipped=20,  # steps in a row without a finite loss and gradient, before the run stops
+                max_skipped_steps=20,  # steps in a row without a finite loss and gradient, before the run stops
                 init_from='',  # a work directory whose weights to start from
                 freeze='',  # regex on parameter paths, e.g. backbone: not trained ...
                 unfreeze_epoch=config_dict.placeholder(float),  # ... before this epoch; None: never trained
@@ -145,7 +145,7 @@ def _official(name: str, dataset: str) -> Any:
             ),
             schedule=dict(
                 learning_rate=0.08,  # at batch 64; scaled in proportion where scale_with_batch
-                warmup_start=0.008,  # likewise
+                warmup_init_rate=0.008,  # of the first step, likewise
                 scale_with_batch=True,
                 warmup_epochs=1.0,
                 decay='cosine',  # cosine, step, constant
@@ -156,10 +156,10 @@ def _official(name: str, dataset: str) -> Any:
                 batch_size=32,
                 every_epochs=5.0,
                 pictures=8,  # detections beside ground truth, at each evaluation
-                per_class=True,  # boxes suppress their own class only
+                per_class_nms=True,  # boxes suppress their own class only
                 max_candidates=5000,  # before suppression
                 nms='gaussian',  # gaussian, hard
-                iou_threshold=0.5,
+                nms_iou_threshold=0.5,
                 sigma=0.5,
                 score_threshold=0.001,
                 max_detections=100,

@@ -12,7 +12,7 @@ _SQUARE_ROOTS = {'model.anchors.aspect_ratios': (1.0, 2.0, 0.5)}
 _MINUS_ONE_TO_ONE = {'image.mean': (127.5,) * 3, 'image.std': (127.5,) * 3}
 _BLACK_PADDING = {'image.padding': -1.0}
 _GAUSSIAN = {'eval.nms': 'gaussian', 'eval.sigma': 0.5, 'eval.score_threshold': 0.001}
-_HARD = {'eval.nms': 'hard', 'eval.iou_threshold': 0.5, 'eval.score_threshold': 0.0}
+_HARD = {'eval.nms': 'hard', 'eval.nms_iou_threshold': 0.5, 'eval.score_threshold': 0.0}
 
 PRESETS: dict[str, dict[str, Any]] = {
     'official': _PAIRS | _GAUSSIAN,

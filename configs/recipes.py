@@ -17,7 +17,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         'train.epochs': 300.0,
         'train.batch_size': 32,
         'schedule.learning_rate': 0.09,  # its README, for 4 x 16 images: at batch 64, as here
-        'schedule.warmup_start': 2e-4,  # at batch 64, so 1e-4 at 32
+        'schedule.warmup_init_rate': 2e-4,  # at batch 64, so 1e-4 at 32
         'schedule.warmup_epochs': 5.0,
         'schedule.final_rate': 1e-5,
         'optimizer.clip_each': False,
@@ -37,7 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         'optimizer.name': 'adam',
         'schedule.scale_with_batch': False,
         'schedule.warmup_epochs': 0.0,
-        'schedule.warmup_start': 1e-3,  # of the very first step
+        'schedule.warmup_init_rate': 1e-3,  # of the very first step
         'schedule.decay': 'constant',
         'loss.l2': 0.0,
         # Left open, and official as in `default.py`: alpha, gamma, weight of the box loss, clipping, augmentation.
@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         'optimizer.name': 'adamw',
         'optimizer.weight_decay': 1e-4,
         'schedule.learning_rate': 2e-3,
-        'schedule.warmup_start': 1e-4,
+        'schedule.warmup_init_rate': 1e-4,
         'schedule.scale_with_batch': False,
         'schedule.warmup_epochs': 1.0,
         'loss.l2': 0.0,

@@ -154,13 +154,13 @@ RULES: dict[str, Rule] = {
     'model.feature_network.fusion': one_of('fast', 'softmax', 'sum'),
     'model.feature_network.per_channel': BOOL,
     'model.feature_network.separable': BOOL,
-    'model.channels': whole(1),
-    'model.cells': whole(1),
+    'model.fpn_channels': whole(1),
+    'model.fpn_cells': whole(1),
     'model.head_layers': whole(0),
     'model.max_level': whole(5, 10),
     'model.stochastic_depth': number(0, below=1),
     'model.anchors.scale': number(above=0),
-    'model.anchors.octaves': whole(1),
+    'model.anchors.scales_per_octave': whole(1),
     'model.anchors.aspect_ratios': Rule(
         ': give at least one width / height, as (1.0, 2.0, 0.5), or pairs of factors, as ((1.4, 0.7), (0.7, 1.4))',
         lambda value: value and is_tuple(value, is_aspect_ratio),
@@ -178,9 +178,9 @@ RULES: dict[str, Rule] = {
         ': give every class a whole number of its own, as (1, 2), or () for those of the data',
         lambda value: is_tuple(value, is_whole) and len({*value}) == len(value),
     ),
-    'dataset.fingerprint': TEXT,
+    'dataset.accepted_fingerprint': TEXT,
     'dataset.max_boxes': whole(1),
-    'dataset.max_unreadable': number(0, 1),
+    'dataset.max_unreadable_fraction': number(0, 1),
     'dataset.threads': whole(0),
     'dataset.prefetch': whole(0),
     'dataset.cache_gb': number(0),
@@ -213,9 +213,9 @@ RULES: dict[str, Rule] = {
     'adversarial.epsilon': number(0, 255),
     'train.epochs': number(above=0),
     'train.batch_size': whole(1),
-    'train.accumulate': whole(1),
+    'train.gradient_accumulation_steps': whole(1),
     'train.ema_decay': number(0, below=1),
-    'train.max_skipped': whole(1),
+    'train.max_skipped_steps': whole(1),
     'train.init_from': TEXT,
     'train.freeze': Rule(' is no regular expression: give one, as backbone, or backbone|fpn', is_regex),
     'train.unfreeze_epoch': optional(number(0)),
@@ -225,7 +225,7 @@ RULES: dict[str, Rule] = {
     'optimizer.clip_norm': number(0),
     'optimizer.clip_each': BOOL,
     'schedule.learning_rate': number(above=0),
-    'schedule.warmup_start': number(0),
+    'schedule.warmup_init_rate': number(0),
     'schedule.scale_with_batch': BOOL,
     'schedule.warmup_epochs': number(0),
     'schedule.decay': one_of('cosine', 'step', 'constant'),
@@ -234,10 +234,10 @@ RULES: dict[str, Rule] = {
     'eval.batch_size': whole(1),
     'eval.every_epochs': number(above=0),
     'eval.pictures': whole(0),
-    'eval.per_class': BOOL,
+    'eval.per_class_nms': BOOL,
     'eval.max_candidates': whole(1),
     'eval.nms': one_of('gaussian', 'hard'),
-    'eval.iou_threshold': number(0, 1),
+    'eval.nms_iou_threshold': number(0, 1),
     'eval.sigma': number(above=0),
     'eval.score_threshold': number(0, 1),
     'eval.max_detections': whole(1),
@@ -251,14 +251,36 @@ RULES: dict[str, Rule] = {
     'log.wandb': TEXT,
 }  # fmt: skip
 
+# {old name: new name} of renamed keys. `config.load` reads old work directories with it.
+RENAMED = {
+    'model.feature_network': 'model.feature_network.name',
+    'model.fusion': 'model.feature_network.fusion',
+    'model.channels': 'model.fpn_channels',
+    'model.cells': 'model.fpn_cells',
+    'model.anchors.octaves': 'model.anchors.scales_per_octave',
+    'dataset.fingerprint': 'dataset.accepted_fingerprint',
+    'dataset.max_unreadable': 'dataset.max_unreadable_fraction',
+    'train.accumulate': 'train.gradient_accumulation_steps',
+    'train.max_skipped': 'train.max_skipped_steps',
+    'schedule.warmup_start': 'schedule.warmup_init_rate',
+    'eval.per_class': 'eval.per_class_nms',
+    'eval.iou_threshold': 'eval.nms_iou_threshold',
+}
+
+
+def use_new_name(old: str) -> str:
+    """What to tell whoever gives a key by its old name."""
+    return f'config.{old} is now config.{RENAMED[old]}: use that name'
+
+
 GROUP = 4  # images that mosaic and MixUp mix
 
 # (keys, what must hold for their values, advice where it does not). How many devices there are, the code checks.
 AGREEMENTS: tuple[tuple[tuple[str, ...], Callable[..., Any], str], ...] = (
     (
-        ('train.batch_size', 'train.accumulate'),
+        ('train.batch_size', 'train.gradient_accumulation_steps'),
         lambda batch, parts: batch % parts == 0,
-        'choose a batch size that is a multiple of accumulate',
+        'choose a batch size that is a multiple of gradient_accumulation_steps',
     ),
     *(
         (

@@ -11,8 +11,8 @@ class Scale(NamedTuple):
 
     image_size: int  # pixels, square
     backbone: str  # a name of effdet_jax.model.efficientnet.VARIANTS
-    channels: int  # of the feature network and the heads
-    cells: int  # repeats of the feature network
+    fpn_channels: int  # of the feature network and the heads
+    fpn_cells: int  # repeats of the feature network
     head_layers: int  # separable convolutions before the predictor
     anchor_scale: float = 4.0
     fusion: str = 'fast'

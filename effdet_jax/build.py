@@ -47,11 +47,11 @@ def build_run(config: Any, workdir: Path) -> Run:
         data=RunData(
             batch_size=c.train.batch_size,
             batches=train_batches(c, train_source, host_batch_size(c)),
-            unreadable=data.Unreadable(train_source, c.dataset.max_unreadable, result),
+            unreadable=data.Unreadable(train_source, c.dataset.max_unreadable_fraction, result),
             train_source=train_source,
             eval_source=eval_source,
             identity={'fingerprint': data.fingerprint(train_source), 'images': len(train_source)},
-            accepted=c.dataset.fingerprint,
+            accepted=c.dataset.accepted_fingerprint,
         ),
         timetable=timetable,
         records=RecordOptions(
@@ -59,7 +59,7 @@ def build_run(config: Any, workdir: Path) -> Run:
             best=c.checkpoint.best,
             num_pictures=c.eval.pictures,
             wandb=c.log.wandb,
-            max_skipped=c.train.max_skipped,
+            max_skipped=c.train.max_skipped_steps,
         ),
         state_like=arrays_like(state_shapes(model, optimizer, c.train.ema_decay, c.adversarial.weight > 0)),
         initial_state=_initial_state(config, c, model, optimizer, workdir),
@@ -94,7 +94,8 @@ def train_batches(config: Any, source: data.Source, batch_size: int, **options: 
 
 def host_batch_size(config: Any) -> int:
     """This host's share of config.train.batch_size. Raises UserError where the devices cannot share it evenly."""
-    return devices.host_batch_size('config.train.batch_size', config.train.batch_size, config.train.accumulate)
+    t = config.train
+    return devices.host_batch_size('config.train.batch_size', t.batch_size, t.gradient_accumulation_steps)
 
 
 def steps_per_epoch(config: Any, num_images: int) -> int:

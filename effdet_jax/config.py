@@ -14,7 +14,7 @@ from effdet_jax.records.files import write_atomically
 # May differ when a run continues: none of these changes what is learned.
 FREE_KEYS = (
     'log.', 'checkpoint.', 'eval.', 'dataset.threads', 'dataset.prefetch', 'dataset.cache_gb',
-    'dataset.max_unreadable', 'dataset.fingerprint', 'train.max_skipped',
+    'dataset.max_unreadable_fraction', 'dataset.accepted_fingerprint', 'train.max_skipped_steps',
 )  # fmt: skip
 
 # May differ too, but the user is told what the change means. What was learned so far stays valid.
@@ -31,8 +31,8 @@ NETWORK_KEYS = ('model.', 'image.', 'dataset.class_names')
 
 # What a detector is made of beside its weights.
 DETECTOR_KEYS = (
-    *NETWORK_KEYS, 'dataset.category_ids', 'checkpoint.best', 'eval.nms', 'eval.per_class', 'eval.max_candidates',
-    'eval.max_detections', 'eval.iou_threshold', 'eval.sigma', 'eval.score_threshold',
+    *NETWORK_KEYS, 'dataset.category_ids', 'checkpoint.best', 'eval.nms', 'eval.per_class_nms', 'eval.max_candidates',
+    'eval.max_detections', 'eval.nms_iou_threshold', 'eval.sigma', 'eval.score_threshold',
 )  # fmt: skip
 
 
@@ -43,6 +43,9 @@ def check(config: ConfigDict, only: tuple[str, ...] = ('',)) -> None:
       UserError: for the first key that is missing or wrong, then for the first keys that do not go together.
     """
     given, values = dict(flatten(config.to_dict())), {}
+    for old in rules.RENAMED:
+        if old in given:
+            raise UserError(rules.use_new_name(old))
     for key, rule in rules.RULES.items():
         if key.startswith(only):
             if key not in given:
@@ -112,8 +115,13 @@ def load(workdir: Path) -> Any:  # a ConfigDict, whose keys no type checker know
         raise UserError(f'{path} does not exist: give the --workdir of a training run')
     config = default.get_config('d0')  # for keys that are younger than the run
     try:
+        saved = dict(flatten(json.loads(path.read_text(encoding='utf-8'))))
+        if not saved:
+            raise ValueError('no keys')
         with config.unlocked():
-            config.update(_with_tuples(_with_todays_keys(json.loads(path.read_text(encoding='utf-8')))))
+            config.update_from_flattened_dict(
+                {rules.RENAMED.get(key, key): _as_tuple(value) for key, value in saved.items()}
+            )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it from a checkpoint's config/") from error
     return config
@@ -133,19 +141,9 @@ def load_detector(workdir: Path) -> Any:  # as `load`
     return config
 
 
-def _with_todays_keys(saved: dict[str, Any]) -> dict[str, Any]:
-    """Runs from before there were several feature networks have `model.feature_network` and `model.fusion` as names."""
-    model = saved['model']
-    if isinstance(model['feature_network'], str):
-        model['feature_network'] = {'name': model['feature_network'], 'fusion': model.pop('fusion')}
-    return saved
-
-
-def _with_tuples(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     """JSON has lists where a config has tuples."""
-    if isinstance(value, dict):
-        return {key: _with_tuples(inner) for key, inner in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def refuse_another(config: ConfigDict, workdir: Path, only: tuple[str, ...] = ('',)) -> None:

@@ -83,12 +83,12 @@ def make_evaluate(
     `images_unreadable`. Without it, a damaged copy of the data could score better than the original.
 
     Raises:
-      UserError: if more than the share config.dataset.max_unreadable of the images cannot be read.
+      UserError: if more than the share config.dataset.max_unreadable_fraction of the images cannot be read.
     """
     c, image_size, names = config.eval, tuple(config.image.size), source.class_names
     batch_size = devices.host_batch_size('config.eval.batch_size', c.batch_size)
     threads, prefetch = config.dataset.threads, config.dataset.prefetch
-    max_unreadable = config.dataset.max_unreadable
+    max_unreadable = config.dataset.max_unreadable_fraction
     num_batches = -(-len(source) // c.batch_size)
 
     def evaluate(variables: Any) -> tuple[dict[str, float], Found]:

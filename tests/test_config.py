@@ -1,17 +1,19 @@
+import functools
 import importlib
 import json
+import operator
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
-from absl.flags import FlagValues
+from absl.flags import Error, FlagValues
 from ml_collections import config_flags
 
 from effdet_jax import config as run_config
-from effdet_jax.commands import cli  # noqa: F401 (it says how tuples and numbers are read)
-from effdet_jax.configs import bccd, default, own_data, scaling
+from effdet_jax.commands import cli
+from effdet_jax.configs import bccd, default, own_data, rules, scaling
 from effdet_jax.configs.recipes import RECIPES
 from effdet_jax.errors import UserError
 
@@ -54,10 +56,10 @@ def test_the_family(name):
     assert c.name == name
     assert c.image.size == (size, size)
     assert c.model.to_dict() == {
-        'backbone': backbone, 'channels': channels, 'cells': cells,
+        'backbone': backbone, 'fpn_channels': channels, 'fpn_cells': cells,
         'feature_network': {'name': 'bifpn', 'fusion': fusion, 'per_channel': False, 'separable': True},
         'head_layers': layers, 'max_level': max_level, 'stochastic_depth': stochastic_depth,
-        'anchors': {'scale': anchor_scale, 'octaves': 3, 'aspect_ratios': (1.0, 2.0, 0.5)},
+        'anchors': {'scale': anchor_scale, 'scales_per_octave': 3, 'aspect_ratios': (1.0, 2.0, 0.5)},
         'dtype': 'float32', 'remat': False,
     }  # fmt: skip
     lite = name.startswith('lite')
@@ -177,6 +179,15 @@ def test_a_flag_is_read_as_python_writes_it_and_of_two_the_last_one_counts(flags
     assert dict(run_config.flatten(from_flags(*flags).to_dict()))[key] == value
 
 
+@pytest.mark.parametrize(('old', 'new'), rules.RENAMED.items())
+def test_an_old_name_of_a_key_is_answered_with_the_new_one(old, new):
+    message = f'config.{old} is now config.{new}: use that name'
+    with pytest.raises((Error, AttributeError, KeyError)) as error:
+        from_flags(f'{old}=1')
+    assert cli._reason(error.value) == message
+    assert old not in rules.RULES and new in rules.RULES
+
+
 def test_what_is_saved_is_the_full_form(tmp_path):
     run_config.save(from_flags('image.size=64', 'image.mean=127'), tmp_path)
     saved = json.loads((tmp_path / 'config.json').read_text())['image']
@@ -191,8 +202,8 @@ def test_a_recorded_config_knows_what_nobody_has_read():
     c = run_config.Recorded(tiny.config())
     leaves = dict(run_config.flatten(tiny.config().to_dict()))
     assert set(c.unread()) == leaves.keys()
-    assert (c.model.anchors.octaves, c.train.epochs) == (3, 2.0)
-    assert leaves.keys() - set(c.unread()) == {'model.anchors.octaves', 'train.epochs'}
+    assert (c.model.anchors.scales_per_octave, c.train.epochs) == (3, 2.0)
+    assert leaves.keys() - set(c.unread()) == {'model.anchors.scales_per_octave', 'train.epochs'}
     with pytest.raises(AttributeError):
         _ = c.train.epoch
 
@@ -227,14 +238,31 @@ def test_a_run_with_a_value_that_is_refused_today_is_read_and_detects_where_it_c
         run_config.load_detector(tmp_path)
 
 
-def test_a_run_from_before_feature_networks_had_options_is_read(tmp_path):
-    run_config.save(tiny.config(), tmp_path)
+def test_a_run_with_the_old_names_of_keys_is_read_and_goes_on(tmp_path):
+    c = default.get_config('d0')
+    values = {
+        'model.feature_network.name': 'panet', 'model.feature_network.fusion': 'softmax', 'model.fpn_channels': 16,
+        'model.fpn_cells': 1, 'model.anchors.scales_per_octave': 2, 'dataset.accepted_fingerprint': '0' * 32,
+        'dataset.max_unreadable_fraction': 0.5, 'train.gradient_accumulation_steps': 2, 'train.max_skipped_steps': 7,
+        'schedule.warmup_init_rate': 0.01, 'eval.per_class_nms': False, 'eval.nms_iou_threshold': 0.3,
+    }  # fmt: skip
+    assert values.keys() == {*rules.RENAMED.values()}
+    c.update_from_flattened_dict(values)
+    run_config.save(c, tmp_path)
     saved = json.loads((tmp_path / 'config.json').read_text())
-    saved['model'] |= {'feature_network': 'bifpn', 'fusion': 'softmax'}
+    del saved['model']['feature_network']  # once it was a name; its options are younger
+    for old, new in rules.RENAMED.items():
+        group, _, key = old.rpartition('.')
+        place = functools.reduce(operator.getitem, group.split('.'), saved)
+        place.pop(new.rpartition('.')[2], None)
+        place[key] = values[new]
     (tmp_path / 'config.json').write_text(json.dumps(saved))
-    expected = tiny.config()
-    expected.model.feature_network.fusion = 'softmax'
-    assert run_config.to_json(run_config.load(tmp_path)) == run_config.to_json(expected)
+    assert run_config.to_json(run_config.load_detector(tmp_path)) == run_config.to_json(c)
+    run_config.refuse_another(c, tmp_path)
+    assert run_config.changes_to_tell(c, tmp_path) == []
+    c.model.fpn_cells = 2
+    with pytest.raises(UserError, match=r'another config \(model\.fpn_cells: 1 there, 2 now\)'):
+        run_config.refuse_another(c, tmp_path)
 
 
 def test_a_run_from_before_a_key_existed_goes_on_with_its_default(tmp_path):

@@ -171,15 +171,15 @@ def test_data_that_changed_are_refused_and_accepted_by_their_fingerprint(folder,
     fingerprint = data.fingerprint(data.open_source(spec, '', CLASS_NAMES))
     message = (
         rf'the training data of .*/run have changed since step {STEPS} \({told}\): put the old data back, or continue '
-        rf'with the new ones by --config\.dataset\.fingerprint={fingerprint}'
+        rf'with the new ones by --config\.dataset\.accepted_fingerprint={fingerprint}'
     )
     with pytest.raises(UserError, match=message):
         train.train_and_evaluate(c, folder / 'run')
     assert saved_config(folder / 'run') == before
-    c.dataset.fingerprint = '0' * 32  # of data before these
+    c.dataset.accepted_fingerprint = '0' * 32  # of data before these
     with pytest.raises(UserError, match=message):
         train.train_and_evaluate(c, folder / 'run')
-    c.dataset.fingerprint = fingerprint
+    c.dataset.accepted_fingerprint = fingerprint
     said = continued(c, folder / 'run')
     assert f'note: the training data have changed since step {STEPS} ({told})' in said
     assert steps_of(folder / 'run') == [*range(1, 9 * images // 4 + 1)]
@@ -217,7 +217,7 @@ def test_the_best_checkpoint_is_evaluated_without_the_training_data(folder):
 def test_an_unreadable_evaluation_image_does_not_cost_the_report(two_epochs, folder):
     image = folder / 'data' / 'eval' / '102.png'
     image.write_bytes(image.read_bytes()[:60])
-    c = config(folder / 'data', **{'train.epochs': 3.0, 'dataset.max_unreadable': 0.3})
+    c = config(folder / 'data', **{'train.epochs': 3.0, 'dataset.max_unreadable_fraction': 0.3})
     (folder / 'run' / 'report.html').unlink()
     assert 'no report.html' not in continued(c, folder / 'run')
     page = (folder / 'run' / 'report.html').read_text(encoding='utf-8')

@@ -131,7 +131,7 @@ def test_an_image_that_cannot_be_read_counts_as_one_in_which_nothing_is_found(so
         found = detect(variables, images, valid_size)
         return found._replace(labels=found.labels.at[:, :, 0].max(0))
 
-    config.dataset.max_unreadable = 0.1  # one of ten
+    config.dataset.max_unreadable_fraction = 0.1  # one of ten
     with console.terminal.capture() as printed:
         numbers, found = evaluate.make_evaluate(config, source, finds_something_everywhere)(None)
     assert '1.jpg: damaged' in printed.get() and printed.get().count('\n') >= 1
@@ -140,6 +140,6 @@ def test_an_image_that_cannot_be_read_counts_as_one_in_which_nothing_is_found(so
     assert len(found[1].detections.labels) == 0 < len(found[1].annotations.labels)
     assert numbers['AR100'] < sound['AR100']
     assert list(evaluate.draw(source, found, 2)) == ['000000', '000002']
-    config.dataset.max_unreadable = 0.09
+    config.dataset.max_unreadable_fraction = 0.09
     with pytest.raises(UserError, match=r'1 of 10 images cannot be read, more than .*=0\.09 allows: 1\.jpg'):
         evaluate.make_evaluate(config, source, detect)(None)

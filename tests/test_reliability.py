@@ -227,7 +227,7 @@ def test_too_many_in_a_row_end_the_run_with_advice_and_the_last_good_state(tmp_p
         r'1 steps in a row, up to step \d+, had no finite loss and gradient; .*incidents\.jsonl names their images'
     )
     with pytest.raises(UserError, match=message):
-        train.train_and_evaluate(config(**{'train.max_skipped': 1, 'log.every_steps': 16}), tmp_path)
+        train.train_and_evaluate(config(**{'train.max_skipped_steps': 1, 'log.every_steps': 16}), tmp_path)
 
 
 # Several hosts, in processes of their own.

@@ -46,15 +46,15 @@ def assert_refused(key, value):
 NUMBERS = {
     'seed': ((0, 2**32 - 1), (-1, 2**32)),
     'image.padding': ((-1.0, 0, 2.5), ()),
-    'model.channels': ((1, FOREVER), (0, -8)),
-    'model.cells': ((1, FOREVER), (0,)),
+    'model.fpn_channels': ((1, FOREVER), (0, -8)),
+    'model.fpn_cells': ((1, FOREVER), (0,)),
     'model.head_layers': ((0, FOREVER), (-1,)),
     'model.max_level': ((5, 10), (2, 4, 11)),
     'model.stochastic_depth': ((0, 0.99), (-0.1, 1.0)),
     'model.anchors.scale': ((0.1, FOREVER), (0.0, -4.0)),
-    'model.anchors.octaves': ((1, FOREVER), (0,)),
+    'model.anchors.scales_per_octave': ((1, FOREVER), (0,)),
     'dataset.max_boxes': ((1, FOREVER), (0, -1)),
-    'dataset.max_unreadable': ((0, 1), (-0.01, 1.01)),
+    'dataset.max_unreadable_fraction': ((0, 1), (-0.01, 1.01)),
     'dataset.threads': ((0, FOREVER), (-1,)),
     'dataset.prefetch': ((0, FOREVER), (-1,)),
     'dataset.cache_gb': ((0, FOREVER), (-1.0,)),
@@ -77,22 +77,22 @@ NUMBERS = {
     'adversarial.epsilon': ((0, 255), (-0.1, 256.0)),
     'train.epochs': ((0.01, FOREVER), (0.0, -1.0)),
     'train.batch_size': ((1, FOREVER), (0, -8)),
-    'train.accumulate': ((1, 64), (0, -1)),
+    'train.gradient_accumulation_steps': ((1, 64), (0, -1)),
     'train.ema_decay': ((0, 0.9999), (-0.1, 1.0)),
-    'train.max_skipped': ((1, FOREVER), (0,)),
+    'train.max_skipped_steps': ((1, FOREVER), (0,)),
     'train.unfreeze_epoch': ((0, None, FOREVER), (-1.0,)),
     'optimizer.momentum': ((0, 0.99), (-0.1, 1.0)),
     'optimizer.weight_decay': ((0, FOREVER), (-1e-4,)),
     'optimizer.clip_norm': ((0, FOREVER), (-10.0,)),
     'schedule.learning_rate': ((1e-9, FOREVER), (0.0, -0.08)),
-    'schedule.warmup_start': ((0, FOREVER), (-0.008,)),
+    'schedule.warmup_init_rate': ((0, FOREVER), (-0.008,)),
     'schedule.warmup_epochs': ((0, FOREVER), (-1.0,)),
     'schedule.final_rate': ((0, FOREVER), (-1e-5,)),
     'eval.batch_size': ((1, FOREVER), (0, -1)),
     'eval.every_epochs': ((0.01, FOREVER), (0.0, -5.0)),
     'eval.pictures': ((0, FOREVER), (-1,)),
     'eval.max_candidates': ((1, FOREVER), (0,)),
-    'eval.iou_threshold': ((0, 1), (-0.1, 5.0)),
+    'eval.nms_iou_threshold': ((0, 1), (-0.1, 5.0)),
     'eval.sigma': ((0.01, FOREVER), (0.0, -0.5)),
     'eval.score_threshold': ((0, 1), (-0.1, 1.1)),
     'eval.max_detections': ((1, FOREVER), (0, -1)),
@@ -123,8 +123,8 @@ TUPLES = {
 }
 
 TEXTS = (
-    'name', 'dataset.source', 'dataset.train_split', 'dataset.eval_split', 'dataset.fingerprint', 'train.init_from',
-    'log.wandb',
+    'name', 'dataset.source', 'dataset.train_split', 'dataset.eval_split', 'dataset.accepted_fingerprint',
+    'train.init_from', 'log.wandb',
 )  # fmt: skip
 
 # {key: the names that the code knows}
@@ -230,7 +230,7 @@ def test_one_number_holds_for_every_channel(key, written):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'train.batch_size': 64, 'train.accumulate': 3}, 'a multiple of accumulate'),
+        ({'train.batch_size': 64, 'train.gradient_accumulation_steps': 3}, 'a multiple of gradient_accumulation_steps'),
         ({'train.batch_size': 6, 'augment.mosaic.probability': 0.5}, 'mosaic mixes groups of 4 images'),
         ({'train.batch_size': 6, 'augment.mixup.probability': 0.5}, 'mixup mixes groups of 4 images'),
         ({'model.feature_network.name': 'nasfpn', 'model.max_level': 6}, 'choose max_level 7 or 8'),
@@ -254,7 +254,7 @@ def test_values_that_do_not_go_together(changes, message):
     [
         {
             'train.batch_size': 12,
-            'train.accumulate': 3,
+            'train.gradient_accumulation_steps': 3,
             'augment.mosaic.probability': 1,
             'augment.mixup.probability': 1,
         },
@@ -271,7 +271,7 @@ def test_values_that_go_together(changes):
 
 def test_only_the_keys_asked_for_are_checked():
     config = default.get_config('d0')
-    config.train.update(epochs=-1.0, accumulate=7)
+    config.train.update(epochs=-1.0, gradient_accumulation_steps=7)
     run_config.check(config, run_config.DETECTOR_KEYS)
     with pytest.raises(UserError, match=r'config\.train\.epochs=-1\.0: give a number above 0'):
         run_config.check(config)

@@ -9,7 +9,7 @@ import pytest
 from experiments import sweeps
 from experiments.sweeps import Row
 
-ROWS = [Row('a', {'model.cells': 1}, {'size': 7}), Row('b', {'model.cells': 2}, {'paper': 0.5})]
+ROWS = [Row('a', {'model.fpn_cells': 1}, {'size': 7}), Row('b', {'model.fpn_cells': 2}, {'paper': 0.5})]
 
 
 def finish(workdir, ap):
@@ -45,7 +45,7 @@ def test_a_sweep_runs_what_is_unfinished_and_writes_tables(tmp_path):
     assert sweeps.main(ROWS, '', arguments, start := Starts()) == 1
     assert [command[3:] for command in start.commands] == [
         ['--config=configs/d0.py:shapes', f'--workdir={tmp_path / label / f"seed_{seed}"}', f'--config.seed={seed}',
-         '--config.train.epochs=3', f'--config.model.cells={cells}']
+         '--config.train.epochs=3', f'--config.model.fpn_cells={cells}']
         for label, seed, cells in (('b', 0, 2), ('a', 1, 1), ('b', 1, 2))
     ]  # fmt: skip
     with (tmp_path / 'table.csv').open() as file:

@@ -292,7 +292,7 @@ def test_a_few_unreadable_images_are_replaced_named_once_and_counted(tmp_path):
     (tmp_path / '5.png').write_bytes((tmp_path / '5.png').read_bytes()[:60])
     (tmp_path / 'boxes.csv').write_text('\n'.join(rows))
     c = tiny.config()
-    c.dataset.update(source=f'csv:{tmp_path}/boxes.csv', train_split='', max_unreadable=0.1)
+    c.dataset.update(source=f'csv:{tmp_path}/boxes.csv', train_split='', max_unreadable_fraction=0.1)
     c.dataset.update(eval_split='shapes@1000000:1000006', class_names=CLASS_NAMES)
     with console.terminal.capture() as printed:
         train.train_and_evaluate(c, tmp_path / 'run')

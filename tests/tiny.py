@@ -15,11 +15,11 @@ def config():
     """Two epochs of four steps on 64x64 pixels. The backbone thaws after the first; saved every second step."""
     c = quickstart.get_config()
     c.image.size = (64, 64)
-    c.model.update(channels=16, cells=1, head_layers=1, max_level=6, stochastic_depth=0.2)
+    c.model.update(fpn_channels=16, fpn_cells=1, head_layers=1, max_level=6, stochastic_depth=0.2)
     c.dataset.update(train_split='0:16', eval_split='1000000:1000006', max_boxes=2)
     c.train.update(epochs=2.0, batch_size=4, freeze='backbone', unfreeze_epoch=1.0)
     c.optimizer.update(name='sgd', weight_decay=0.0)
-    c.schedule.update(learning_rate=0.05, warmup_start=0.01, warmup_epochs=0.5)
+    c.schedule.update(learning_rate=0.05, warmup_init_rate=0.01, warmup_epochs=0.5)
     c.loss.l2 = 4e-5
     c.eval.update(batch_size=4, every_epochs=1.0, pictures=2, max_candidates=200, max_detections=10)
     c.checkpoint.update(every_epochs=0.5)

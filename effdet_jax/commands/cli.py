@@ -159,11 +159,15 @@ def _reason(error: Exception) -> str:
     if error.args and isinstance(error.args[0], Exception):  # ml_collections wraps what it raises
         error = error.args[0]
     reason = str(error.args[0] if isinstance(error, KeyError) else error).strip()
-    from effdet_jax.configs.rules import RULES  # imported late, as in `_parse`
+    from effdet_jax.configs import rules  # imported late, as in `_parse`
 
     wrong = re.match(r'flag --config\.([\w.]+)=(.*?): ', reason, re.DOTALL)
-    if wrong and wrong[1] in RULES:  # the text does not parse as the type of the key
-        return f'config.{wrong[1]}={wrong[2]!r}{RULES[wrong[1]].advice}'
+    if wrong and wrong[1] in rules.RULES:  # the text does not parse as the type of the key
+        return f'config.{wrong[1]}={wrong[2]!r}{rules.RULES[wrong[1]].advice}'
+    missing = re.match(r"'(\w+)'", reason)  # a key that ml_collections did not find, without its groups
+    for old in rules.RENAMED:
+        if (wrong and wrong[1] == old) or (missing and missing[1] == old.rpartition('.')[2]):
+            return rules.use_new_name(old)
     return 'bad flags: ' + (reason.splitlines()[-1] if 'Traceback' in reason else reason)
 
 

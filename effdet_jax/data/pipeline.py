@@ -140,8 +140,8 @@ def check_unreadable(reasons: Sequence[str], total: int, limit: float) -> None:
     """Raises UserError if more than the share `limit` of `total` images cannot be read."""
     if len(reasons) > limit * total:
         raise UserError(
-            f'{len(reasons)} of {total} images cannot be read, more than config.dataset.max_unreadable={limit:g} '
-            f'allows: {first_few(reasons)} (check-data --images lists all)'
+            f'{len(reasons)} of {total} images cannot be read, more than config.dataset.max_unreadable_fraction='
+            f'{limit:g} allows: {first_few(reasons)} (check-data --images lists all)'
         )
 
 

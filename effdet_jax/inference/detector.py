@@ -92,7 +92,7 @@ class Detector:
             [functools.partial(xla.jit(make_detect_pixels(config, model, scale)), variables) for scale in scales],
             config.dataset.class_names,
             config.dataset.category_ids,
-            Thresholds(config.eval.score_threshold, config.eval.iou_threshold, config.eval.sigma),
+            Thresholds(config.eval.score_threshold, config.eval.nms_iou_threshold, config.eval.sigma),
             batch_size=batch_size,
             augmentation=augmentation,
         )
@@ -204,8 +204,8 @@ def make_detect(
     raw = make_raw(config, model)
     anchors_N4 = image_anchors(config, image_size)
     c = config.eval
-    defaults = Thresholds(c.score_threshold, c.iou_threshold, c.sigma)
-    options = dict(per_class=c.per_class, max_candidates=c.max_candidates, kind=c.nms, max_outputs=c.max_detections)
+    defaults = Thresholds(c.score_threshold, c.nms_iou_threshold, c.sigma)
+    options = dict(per_class=c.per_class_nms, max_candidates=c.max_candidates, kind=c.nms, max_outputs=c.max_detections)
 
     def detect(
         variables: Any, images: Array, valid_size: Array, thresholds: Thresholds = defaults
@@ -241,7 +241,7 @@ def image_anchors(config: Any, image_size: tuple[int, int] | None = None) -> Flo
     """The anchors for a network input of `image_size`, by default the config's."""
     a, size = config.model.anchors, tuple(config.image.size) if image_size is None else image_size
     levels = anchors.level_sizes(size, anchors.MIN_LEVEL, config.model.max_level)
-    return anchors.make_anchors(levels, size, a.scale, a.octaves, a.aspect_ratios)
+    return anchors.make_anchors(levels, size, a.scale, a.scales_per_octave, a.aspect_ratios)
 
 
 def to_original(detections: NetworkDetections, image_scale: Any) -> tuple[Any, Any, Any]:

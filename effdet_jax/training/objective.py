@@ -41,7 +41,8 @@ def make_objective(config: Any, model: EfficientDet, anchors_N4: Any) -> Callabl
     It is written for one device of the mapped axis `model.axis_name`. Losses and metrics are this part's share: their
     sum over parts and devices is that of the batch.
     """
-    mean, std, padding, parts = config.image.mean, config.image.std, config.image.padding, config.train.accumulate
+    mean, std, padding = config.image.mean, config.image.std, config.image.padding
+    parts = config.train.gradient_accumulation_steps
     weight, epsilon = config.adversarial.weight, config.adversarial.epsilon
     losses_of = make_losses(config, anchors_N4)
 

@@ -106,7 +106,7 @@ def make_schedule(c: Any, batch_size: int, steps_per_epoch: int, total_steps: in
     (docs/reference.md, Optimization).
     """
     factor = batch_size / REFERENCE_BATCH if c.scale_with_batch else 1.0
-    rate, start, final = c.learning_rate * factor, c.warmup_start * factor, c.final_rate
+    rate, start, final = c.learning_rate * factor, c.warmup_init_rate * factor, c.final_rate
     drop_steps = [epoch * steps_per_epoch for epoch in c.step_epochs]
     decays = {
         'cosine': lambda t: final + (rate - final) * _half_cosine(t / total_steps),

@@ -134,6 +134,6 @@ def _check_place(run: Run, step: int, saved: dict[str, Any]) -> None:
     if run.data.accepted != fingerprint:
         raise UserError(
             f'the training data of {run.workdir} have changed since step {step} ({images}): put the old data back, or '
-            f'continue with the new ones by --config.dataset.fingerprint={fingerprint}'
+            f'continue with the new ones by --config.dataset.accepted_fingerprint={fingerprint}'
         )
     info(f'note: the training data have changed since step {step} ({images})')

@@ -68,7 +68,7 @@ def make_train_step(
 def make_gradients(config: Any, model: EfficientDet, anchors_N4: Any) -> Callable[..., tuple[Any, Any, Metrics]]:
     """`gradients_of(variables, examples, normalizer, key, frozen)` -> (gradients, batch statistics, metrics)."""
     objective = make_objective(config, model, anchors_N4)
-    num_parts, freeze = config.train.accumulate, config.train.freeze
+    num_parts, freeze = config.train.gradient_accumulation_steps, config.train.freeze
 
     def gradients_of(
         variables: Any, examples: Examples, normalizer: jax.Array, key: jax.Array, frozen: bool

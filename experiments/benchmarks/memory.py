@@ -59,7 +59,7 @@ def main(_) -> None:
         if LARGEST.value:
             report['limit'] = limit = parse_bytes(LIMIT.value) if LIMIT.value else device_memory()[0]
             keep(other := predict(config, 2 * first['batch']))
-            while (largest := _largest(first, other, limit, config.train.accumulate)) > first['batch']:
+            while (largest := _largest(first, other, limit, config.train.gradient_accumulation_steps)) > first['batch']:
                 keep(other := measure(config, largest, limit))
                 if other['predicted'] <= limit:
                     break
@@ -114,7 +114,7 @@ def summary(config: Any, report: dict[str, Any]) -> str:
         setting = f'{c.name} {c.image.size[0]}x{c.image.size[1]}, {c.model.dtype}, batch {row["batch"]}'
         predicted, measured = row['predicted'], row.get('measured')
         rows.append(
-            (setting, str(c.model.remat), str(c.train.accumulate), round(predicted / MIB),
+            (setting, str(c.model.remat), str(c.train.gradient_accumulation_steps), round(predicted / MIB),
              measured and round(measured / MIB), measured and predicted / measured,
              f'{row["seconds"]:.2f}' if measured else '-')
         )  # fmt: skip

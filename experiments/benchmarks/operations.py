@@ -260,7 +260,7 @@ def onnx(case: Case, folder: Path, cores: int) -> dict[str, Any]:
     session, call = caller(True)
     for _ in range(CALLS):
         call()
-    width = peer_systems.our_config(case, 'cpu').model.channels
+    width = peer_systems.our_config(case, 'cpu').model.fpn_channels
     times = collections.defaultdict(list)
     for name, kind, product, ms in _profiled(Path(session.end_profiling()), width):
         times[name, kind, product].append(ms)

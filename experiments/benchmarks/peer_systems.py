@@ -171,7 +171,7 @@ def build_our_boxes(case: Case, folder: Path, device: str) -> Work:
     variables = our_variables(model, config, folder)
     function = functools.partial(xla.jit(make_detect_pixels(config, model)), fold(variables))
     names = tuple(f'class {index}' for index in range(CLASSES))
-    thresholds = Thresholds(config.eval.score_threshold, config.eval.iou_threshold, config.eval.sigma)
+    thresholds = Thresholds(config.eval.score_threshold, config.eval.nms_iou_threshold, config.eval.sigma)
     detector = Detector([function], names, tuple(range(1, CLASSES + 1)), thresholds, batch_size=case.batch)
     rng = np.random.default_rng(0)
     photos = [rng.integers(0, 256, (*PHOTO, 3), np.uint8) for _ in range(case.batch)]

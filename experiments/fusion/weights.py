@@ -26,8 +26,8 @@ def main(out: str, *workdirs: str) -> None:
     model = config.model
     nodes = FEATURE_NETWORKS[model.feature_network.name](MIN_LEVEL, model.max_level)
     figure, grid = plt.subplots(
-        model.cells, len(nodes), figsize=(2.1 * len(nodes), 2.2 * model.cells), layout='constrained', squeeze=False,
-        sharex=True, sharey=True,
+        model.fpn_cells, len(nodes), figsize=(2.1 * len(nodes), 2.2 * model.fpn_cells), layout='constrained',
+        squeeze=False, sharex=True, sharey=True,
     )  # fmt: skip
     for style, workdir, run in zip(STYLES, paths, names(paths), strict=False):
         steps, shares = learned_shares(workdir)

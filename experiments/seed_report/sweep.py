@@ -10,7 +10,7 @@ from effdet_jax.configs.scaling import SCALES
 from experiments import sweeps
 
 # What makes D1 of D0 but for the size of its input, which is the same here for all.
-SIZE_KEYS = ('backbone', 'channels', 'cells', 'head_layers', 'stochastic_depth')
+SIZE_KEYS = ('backbone', 'fpn_channels', 'fpn_cells', 'head_layers', 'stochastic_depth')
 NEVER = {'train.freeze': ''}
 HALF = {'train.freeze': 'backbone', 'train.unfreeze_epoch': 0.5}  # of one epoch
 

@@ -92,6 +92,7 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(command):
         ('--config.train.batch_size=8.5', "config.train.batch_size='8.5': give a whole number from 1"),
         ('--config.augment.flip=2', "config.augment.flip='2': give True or False"),
         ('--config.train.epoch=3', 'bad flags: \'epoch\' Did you mean "epochs"'),
+        ('--config.model.cells=3', 'error: config.model.cells is now config.model.fpn_cells: use that name'),
     ],
 )
 def test_what_else_is_wrong_with_a_flag_of_the_config(flag, message):
@@ -106,6 +107,11 @@ def test_what_else_is_wrong_with_a_flag_of_the_config(flag, message):
     [
         ('config.image.size = 512', "bad flags: TypeError: Could not override field 'size'"),
         ('config.image.size = (512, -1)', 'error: config.image.size=(512, -1): give height and width'),
+        ('config.model.cells = 3', 'error: config.model.cells is now config.model.fpn_cells: use that name'),
+        (
+            'config.train.epochs = config.train.accumulate',
+            'error: config.train.accumulate is now config.train.gradient',
+        ),
         ("open('/nowhere')", "No such file or directory: '/nowhere'"),
         ('config = {}', "bad flags: 'dict' object has no attribute"),
         ('del config.train.epochs', 'error: config.train.epochs is missing: start from'),

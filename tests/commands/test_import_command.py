@@ -20,8 +20,8 @@ from effdet_jax.records.checkpoint import Checkpoints
 LAYERS = writers.layers(writers.Member('nano', 16, 1, 1, weighted=True, classes=len(shapes.CLASS_NAMES)))
 WRITTEN = writers.draw(LAYERS)
 SMALL = (
-    '--config=configs/quickstart.py', '--config.image.size=(64, 64)', '--config.model.channels=16',
-    '--config.model.cells=1', '--config.model.head_layers=1', '--config.dataset.eval_split=1000000:1000004',
+    '--config=configs/quickstart.py', '--config.image.size=(64, 64)', '--config.model.fpn_channels=16',
+    '--config.model.fpn_cells=1', '--config.model.head_layers=1', '--config.dataset.eval_split=1000000:1000004',
     '--config.eval.batch_size=4', f'--config.dataset.class_names={shapes.CLASS_NAMES}',
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ STAGES = ((1, 1, 1), (1, 2, 6), (3, 2, 6), (1, 2, 6), (1, 2, 6))  # repeats, str
 def tiny(num_classes=3, **changes):
     """A small detector that has every kind of layer."""
     config = default.get_config('nano').model
-    config.update({'channels': 16, 'cells': 1, 'head_layers': 1, 'max_level': 6, 'stochastic_depth': 0.3})
+    config.update({'fpn_channels': 16, 'fpn_cells': 1, 'head_layers': 1, 'max_level': 6, 'stochastic_depth': 0.3})
     config.update_from_flattened_dict(changes)
     return build_model(config, num_classes)
 
@@ -117,7 +117,7 @@ def test_any_height_and_width_has_a_row_per_anchor(size, max_level):
 
 def test_anchors_per_position_follow_the_config():
     config = default.get_config('nano').model
-    config.anchors.update({'octaves': 2, 'aspect_ratios': (1.0, 3.0)})
+    config.anchors.update({'scales_per_octave': 2, 'aspect_ratios': (1.0, 3.0)})
     model = build_model(config, 5)
     outputs = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))[0]
     assert outputs.class_logits.shape == (1, (16 + 4 + 1 + 1 + 1) * 4, 5)

@@ -55,7 +55,7 @@ def test_anchors(name):
     config = default.get_config(name)
     size, anchors = config.image.size, config.model.anchors
     sizes = level_sizes(size, 3, config.model.max_level)
-    made = make_anchors(sizes, size, anchors.scale, anchors.octaves, anchors.aspect_ratios)
+    made = make_anchors(sizes, size, anchors.scale, anchors.scales_per_octave, anchors.aspect_ratios)
     assert made.shape == (ANCHORS[name], 4)
 
 

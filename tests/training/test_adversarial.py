@@ -35,7 +35,7 @@ def recipe(**changes):
     c.loss.l2 = c.train.ema_decay = 0.0
     c.optimizer.update(momentum=0.0, clip_norm=0.0)
     c.schedule.update(
-        learning_rate=RATE, warmup_start=RATE, scale_with_batch=False, warmup_epochs=0.0, decay='constant'
+        learning_rate=RATE, warmup_init_rate=RATE, scale_with_batch=False, warmup_epochs=0.0, decay='constant'
     )
     c.update_from_flattened_dict(changes)
     return c
@@ -219,7 +219,10 @@ def test_what_is_frozen_is_frozen_in_both_sets_of_norms():
 
 def test_accumulation_in_parts_is_one_step_where_batch_norm_is_frozen():
     """Only there do the images of a batch not meet."""
-    whole, parts = (one_step(frozen=True, **ON, **{'train.freeze': '.*bn', 'train.accumulate': n})[1:] for n in (1, 2))
+    whole, parts = (
+        one_step(frozen=True, **ON, **{'train.freeze': '.*bn', 'train.gradient_accumulation_steps': n})[1:]
+        for n in (1, 2)
+    )
     assert_close(parts, whole)
 
 

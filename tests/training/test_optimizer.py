@@ -24,7 +24,7 @@ def recipe(**changes):
     c.loss.l2 = 0.0
     c.optimizer.update(momentum=0.0, clip_norm=0.0)
     c.schedule.update(
-        learning_rate=RATE, warmup_start=RATE, scale_with_batch=False, warmup_epochs=0.0, decay='constant'
+        learning_rate=RATE, warmup_init_rate=RATE, scale_with_batch=False, warmup_epochs=0.0, decay='constant'
     )
     c.update_from_flattened_dict(changes)
     return c
@@ -311,7 +311,7 @@ def test_the_schedule_of_effdet_in_closed_form():
 
 def test_effdet_clips_all_gradients_together_and_decays_after_that():
     c = default.get_config('d0', 'effdet')
-    c.schedule.warmup_start = 2.0  # a first step of 1 at its batch of 32, in which the decay shows
+    c.schedule.warmup_init_rate = 2.0  # a first step of 1 at its batch of 32, in which the decay shows
     huge = jax.tree.map(lambda g: 100 * g, GRADIENTS[0])
     norm = math.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(huge)))
     expected = jax.tree.map(lambda w, g, k: w - 10 / norm * g - 4e-5 * w * k, PARAMS, huge, op.is_kernel(PARAMS))

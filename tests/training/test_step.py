@@ -29,7 +29,7 @@ def recipe(**changes):
     c.train.ema_decay = 0.0
     c.optimizer.update(momentum=0.0, clip_norm=0.0)
     c.schedule.update(
-        learning_rate=RATE, warmup_start=RATE, scale_with_batch=False, warmup_epochs=0.0, decay='constant'
+        learning_rate=RATE, warmup_init_rate=RATE, scale_with_batch=False, warmup_epochs=0.0, decay='constant'
     )
     c.update_from_flattened_dict(changes)
     return c
@@ -184,7 +184,7 @@ POISONS = {
 @pytest.mark.parametrize('poison', POISONS)
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(monkeypatch, poison, parts):
     """One image of four is enough. The next step learns as if it had not been."""
-    config = recipe(**{'train.ema_decay': 0.9, 'optimizer.name': 'adam', 'train.accumulate': parts})
+    config = recipe(**{'train.ema_decay': 0.9, 'optimizer.name': 'adam', 'train.gradient_accumulation_steps': parts})
     state, step = make(config)
     after, metrics = step(state, BATCH, False)
     assert metrics['skipped_steps'] == 0
@@ -207,7 +207,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(monkeypatch, p
 
 def test_the_learning_rate_that_is_logged_is_the_one_that_is_used():
     """The optimiser counts the steps that it has taken; a skipped one is none of them."""
-    changes = {'schedule.warmup_epochs': 2.0, 'schedule.warmup_start': 0.0, 'loss.l2': 0.0}
+    changes = {'schedule.warmup_epochs': 2.0, 'schedule.warmup_init_rate': 0.0, 'loss.l2': 0.0}
     state, step = make(recipe(**changes))
     rates = []
     for number in (0, 5):  # five steps were skipped
@@ -299,14 +299,16 @@ def test_accumulation_in_parts_is_one_step_where_batch_norm_is_frozen():
     """Only there: otherwise each part is normalised by its own statistics, as in any accumulation."""
     whole, parts = (
         step(state, BATCH, True)
-        for state, step in (make(recipe(**{'train.freeze': '.*bn', 'train.accumulate': n})) for n in (1, 2))
+        for state, step in (
+            make(recipe(**{'train.freeze': '.*bn', 'train.gradient_accumulation_steps': n})) for n in (1, 2)
+        )
     )
     assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_accumulation_adds_the_gradients_of_the_parts():
     """All divided by the positives of the whole batch; the statistics are the mean of the parts'."""
-    state, step = make(recipe(**{'train.accumulate': 2, 'loss.l2': 0.0}))
+    state, step = make(recipe(**{'train.gradient_accumulation_steps': 2, 'loss.l2': 0.0}))
     after, metrics = step(state, BATCH, False)
     params, stored = state.variables['params'], state.variables['batch_stats']
     gradient = jax.value_and_grad(composed, has_aux=True)

@@ -15,7 +15,7 @@ def config(member=MEMBER, class_names=CLASS_NAMES):
     c = default.get_config('lite0')
     c.name = 'small'
     c.image.size = (64, 64)
-    c.model.update(backbone=member.backbone, channels=member.channels, cells=member.cells)
+    c.model.update(backbone=member.backbone, fpn_channels=member.channels, fpn_cells=member.cells)
     c.model.update(head_layers=member.head_layers, max_level=member.max_level)
     c.model.feature_network.fusion = 'fast' if member.weighted else 'sum'
     c.dataset.class_names = class_names

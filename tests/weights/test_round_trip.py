@@ -31,7 +31,7 @@ def ours():
     def make(member):
         if member not in made:
             c = default.get_config('d0').model
-            c.update(backbone=member.backbone, channels=member.channels, cells=member.cells)
+            c.update(backbone=member.backbone, fpn_channels=member.channels, fpn_cells=member.cells)
             c.update(head_layers=member.head_layers, max_level=member.max_level)
             c.feature_network.fusion = 'fast' if member.weighted else 'sum'
             shapes = traverse_util.flatten_dict(names.shapes_of(build_model(c, member.classes)))

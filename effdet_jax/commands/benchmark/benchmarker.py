@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from effdet_jax import data
+from effdet_jax.build import host_batch_size
 from effdet_jax.commands.benchmark.peaks import Peak, peak
 from effdet_jax.inference.detector import Detector, Thresholds, image_anchors, make_detect, make_detect_pixels
 from effdet_jax.model import EfficientDet, build_model
@@ -60,7 +61,7 @@ def train(config: Any, repeats: int, profile: Path | None = None) -> Iterator[Ro
     """One row: the training step, as the training loop runs it."""
     classes = num_classes(config)
     model = build_model(config.model, classes, devices.AXIS)
-    batch_size = devices.host_batch_size('config.train.batch_size', config.train.batch_size, config.train.accumulate)
+    batch_size = host_batch_size(config)
     with stage('initialising weights'):
         variables = init_variables(model, config.seed)
     anchors_N4, batch = image_anchors(config), footprint.random_batch(config, batch_size, classes, OBJECTS)
@@ -132,7 +133,7 @@ def _photograph_to_boxes(
     classes, c = num_classes(config), config.eval
     function = functools.partial(xla.jit(make_detect_pixels(config, model)), variables)
     names = tuple(f'class {label}' for label in range(classes))
-    thresholds = Thresholds(c.score_threshold, c.iou_threshold, c.sigma)
+    thresholds = Thresholds(c.score_threshold, c.nms_iou_threshold, c.sigma)
     detector = Detector([function], names, tuple(range(1, classes + 1)), thresholds, batch_size=batch)
     photos = list(np.random.default_rng(0).integers(0, 256, (batch, *PHOTO, 3), np.uint8))
     detector(photos)

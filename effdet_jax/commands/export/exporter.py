@@ -164,7 +164,7 @@ def metadata(original: Original, program: Program, format_name: str) -> dict[str
         'outputs': list(program.outputs),
         'class_names': list(c.dataset.class_names),
         'category_ids': list(c.dataset.category_ids),
-        'thresholds': dict(score=c.eval.score_threshold, iou=c.eval.iou_threshold, sigma=c.eval.sigma),
+        'thresholds': dict(score=c.eval.score_threshold, iou=c.eval.nms_iou_threshold, sigma=c.eval.sigma),
         'preprocessing': {
             'size': list(c.image.size),
             'resize': 'bilinear without antialiasing, aspect ratio kept; padded on the right and at the bottom',

@@ -224,12 +224,13 @@ def _refuse(refused: list[Problem], source: FilePath, config: Any, weights: fami
 def _advice(refused: list[Problem], config: Any, weights: families.Recognised) -> str:
     """The usual cause of such a mismatch, and what to do."""
     m = config.model
-    theirs, ours = families.size_of(weights), _size(m.backbone, m.cells, m.channels, m.head_layers, weights.is_detector)
+    theirs = families.size_of(weights)
+    ours = _size(m.backbone, m.fpn_cells, m.fpn_channels, m.head_layers, weights.is_detector)
     if theirs != ours:
         members = [
             f'--config=configs/{name}.py'
             for name, s in SCALES.items()
-            if _size(s.backbone, s.cells, s.channels, s.head_layers, weights.is_detector) == theirs
+            if _size(s.backbone, s.fpn_cells, s.fpn_channels, s.head_layers, weights.is_detector) == theirs
         ]
         advice = f'give {" or ".join(members)}' if members else 'no published model has that size'
         return f'The file has another model ({theirs}) than the config ({ours}): {advice}'
@@ -251,7 +252,7 @@ def _size(backbone: str, cells: int, channels: int, head_layers: int, is_detecto
 
 
 def _num_anchors(config: Any) -> int:
-    return config.model.anchors.octaves * len(config.model.anchors.aspect_ratios)
+    return config.model.anchors.scales_per_octave * len(config.model.anchors.aspect_ratios)
 
 
 def _print_summary(

@@ -73,7 +73,7 @@ def propose(config: Any, boxes: Float[np.ndarray, 'K 4']) -> anchor_fit.Anchors:
     object_ratios = np.quantile(sides_K2[:, 1] / sides_K2[:, 0], (np.arange(count) + 0.5) / count)
     config_ratios = [r[0] / r[1] if isinstance(r, Sequence) else float(r) for r in a.aspect_ratios]
     candidates = [
-        anchor_fit.fit(sides_K2, strides, a.octaves, anchor_fit.Anchors(float(scale), tuple(ratios)))
+        anchor_fit.fit(sides_K2, strides, a.scales_per_octave, anchor_fit.Anchors(float(scale), tuple(ratios)))
         for scale in (a.scale, *STARTS)
         for ratios in (config_ratios, object_ratios.tolist())
     ]

@@ -18,8 +18,8 @@ from effdet_jax.model import EfficientDet
 from effdet_jax.records.console import stage, table
 from effdet_jax.runtime import devices
 from effdet_jax.training import footprint
+from effdet_jax.training.compiled import compile_step
 from effdet_jax.training.footprint import HostBatch, PlannedStep, StepMemory
-from effdet_jax.training.step import compile_step
 
 UNITS = {'B': 1, 'KB': 1e3, 'MB': 1e6, 'GB': 1e9, 'TB': 1e12, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30, 'TIB': 2**40}
 
@@ -113,7 +113,7 @@ def memory_table(config: Any, memory: StepMemory) -> str:
         rows.append(('total', memory.total))
     title = (
         f'Memory of a training step on each device: batch {c.train.batch_size} on {devices.describe_devices()}, '
-        f'{c.model.dtype}, remat={c.model.remat}, accumulate={c.train.accumulate}\n'
+        f'{c.model.dtype}, remat={c.model.remat}, gradient_accumulation_steps={c.train.gradient_accumulation_steps}\n'
     )
     grid = table(('what', 'MiB'), [(what, None if size is None else round(size / 2**20)) for what, size in rows], title)
     host = c.image.size[0] * c.image.size[1] * 3 * c.train.batch_size // jax.process_count() * c.dataset.prefetch
@@ -123,18 +123,19 @@ def memory_table(config: Any, memory: StepMemory) -> str:
 
 def largest_batch(config: Any, batch_size: int, line: Line, limit: int, description: str) -> str:
     """The largest batch within `limit` bytes per device, and advice if the config's own does not fit."""
-    t, num_devices = config.train, jax.local_device_count()
-    largest = line.largest(limit, t.accumulate) * jax.device_count()
+    t, per_device = config.train, batch_size // jax.local_device_count()
+    steps = t.gradient_accumulation_steps
+    largest = line.largest(limit, steps) * jax.device_count()
     sizes = ' and '.join(str(batch * jax.device_count()) for batch in line.batches)
     text = (
         f'Largest batch in {_amount(limit)} of {description}: {largest:,}. Estimated from compiled batches {sizes}: '
         f'{_amount(line.fixed)} plus {_amount(line.per_image)} per image on each device.'
     )
-    if line.at(batch_size // num_devices) <= limit:
+    if line.at(per_device) <= limit:
         return text
-    splits = (n for n in range(t.accumulate + 1, batch_size + 1) if batch_size // num_devices % n == 0)
-    fits = next((n for n in splits if line.at(math.ceil(batch_size / num_devices / n * t.accumulate)) <= limit), None)
-    accumulate = f' or --config.train.accumulate={fits}' if fits else ''
+    splits = (n for n in range(steps + 1, batch_size + 1) if per_device % n == 0)
+    fits = next((n for n in splits if line.at(math.ceil(per_device / n * steps)) <= limit), None)
+    accumulate = f' or --config.train.gradient_accumulation_steps={fits}' if fits else ''
     return (
         f'{text}\n\nBatch {t.batch_size} does not fit: use --config.train.batch_size={largest}{accumulate}; '
         '--config.model.remat=True and --config.model.dtype=bfloat16 reduce the memory per image.'

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from effdet_jax import data
+from effdet_jax.build import host_batch_size
 from effdet_jax.commands.plan import anchor_report
 from effdet_jax.commands.plan.memory import compile_two, device_memory, evaluation_memory, largest_batch, memory_table
 from effdet_jax.errors import UserError
@@ -55,7 +56,7 @@ def plan(
         objects = math.ceil(len(listing.labels) / max(len(listing.images), 1))
         yield from anchor_report.sections(config, listing, fit)
 
-    batch_size = devices.host_batch_size('config.train.batch_size', config.train.batch_size, config.train.accumulate)
+    batch_size = host_batch_size(config)
     t = config.train
     frozen = math.isinf(unfreeze_step(t.freeze, t.unfreeze_epoch, 1))  # otherwise, time the unfrozen step
     step = footprint.plan_step(config, model, image_anchors(config), frozen)
@@ -66,12 +67,12 @@ def plan(
     if not with_step:
         yield memory_table(config, step.memory(batch_of(batch_size), None))
         return
-    step_memory, line, compiled = compile_two(step, batch_of, batch_size, config.train.accumulate)
+    step_memory, line, compiled = compile_two(step, batch_of, batch_size, config.train.gradient_accumulation_steps)
     yield memory_table(config, step_memory)
     limit, description = (memory, '--memory') if memory else device_memory()
     yield largest_batch(config, batch_size, line, limit, description)
     yield evaluation_memory(config, model, step)
-    largest = line.largest(limit, config.train.accumulate) * jax.local_device_count()
+    largest = line.largest(limit, config.train.gradient_accumulation_steps) * jax.local_device_count()
     if largest == 0:
         yield 'No batch fits, so no time is measured.'
         return
@@ -93,12 +94,12 @@ def draw_feature_network(config: Any, path: Path) -> None:
     m, network, (height, width) = config.model, config.model.feature_network, config.image.size
     cost = feature_network_cost(config)
     title = (
-        f'{network.name}, P{MIN_LEVEL}-P{m.max_level}, {m.cells} x {m.channels} channels, {network.fusion} fusion'
-        f'{" per channel" * network.per_channel}{", plain convolutions" * (not network.separable)}\n'
+        f'{network.name}, P{MIN_LEVEL}-P{m.max_level}, {m.fpn_cells} x {m.fpn_channels} channels, {network.fusion} '
+        f'fusion{" per channel" * network.per_channel}{", plain convolutions" * (not network.separable)}\n'
         f'{cost.parameters:,} parameters, {cost.macs / 1e9:.3g} billion multiply-adds at {height}x{width}'
     )
     try:
-        save_drawing(path, FEATURE_NETWORKS[network.name](MIN_LEVEL, m.max_level), MIN_LEVEL, title, m.cells)
+        save_drawing(path, FEATURE_NETWORKS[network.name](MIN_LEVEL, m.max_level), MIN_LEVEL, title, m.fpn_cells)
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error.strerror or error}): choose another --draw') from error
     info(f'wrote a picture of the feature network {network.name} to {path}')
