@@ -108,10 +108,7 @@ def test_what_else_is_wrong_with_a_flag_of_the_config(flag, message):
         ('config.image.size = 512', "bad flags: TypeError: Could not override field 'size'"),
         ('config.image.size = (512, -1)', 'error: config.image.size=(512, -1): give height and width'),
         ('config.model.cells = 3', 'error: config.model.cells is now config.model.fpn_cells: use that name'),
-        (
-            'config.train.epochs = config.train.accumulate',
-            'error: config.train.accumulate is now config.train.gradient',
-        ),
+        ('config.train.epochs = config.train.accumulate', 'error: config.train.accumulate is now config.train.gra'),
         ("open('/nowhere')", "No such file or directory: '/nowhere'"),
         ('config = {}', "bad flags: 'dict' object has no attribute"),
         ('del config.train.epochs', 'error: config.train.epochs is missing: start from'),
