@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from effdet_jax.errors import UserError
+from effdet_jax.errors import import_optional
 from effdet_jax.inference.images import ImageLike, to_array
 from effdet_jax.records import pictures
 
@@ -66,11 +66,7 @@ class Detections:
         Raises:
           UserError: if it is not installed.
         """
-        try:
-            import supervision
-        except ImportError as error:
-            raise UserError(f'supervision cannot be imported ({error}): pip install supervision') from error
-        return supervision.Detections(
+        return import_optional('supervision', 'supervision').Detections(
             xyxy=self.boxes_xyxy,
             confidence=self.scores,
             class_id=self.labels.astype(int),

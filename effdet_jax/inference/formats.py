@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax import export
 
-from effdet_jax.errors import UserError
+from effdet_jax.errors import UserError, import_optional
 from effdet_jax.kernels.dispatch import plain_everywhere
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -83,7 +83,7 @@ def write_saved_model(program: Program, metadata: Metadata, path: Path) -> None:
     Raises:
       UserError: if TensorFlow is not installed, or the program has operations unknown to that version.
     """
-    tf = _import('tensorflow', 'requirements-tensorflow.txt')
+    tf = import_optional('tensorflow', '-r requirements-tensorflow.txt')
     from tensorflow.compiler.tf2xla.python import xla
 
     exported = _exported(program)
@@ -111,7 +111,7 @@ def write_saved_model(program: Program, metadata: Metadata, path: Path) -> None:
 
 
 def load_saved_model(path: Path) -> Run:
-    tf = _import('tensorflow', 'requirements-tensorflow.txt')
+    tf = import_optional('tensorflow', '-r requirements-tensorflow.txt')
     model = tf.saved_model.load(str(path))
     signature = model.signatures['serving_default']
     names, outputs = _names(path / 'assets.extra' / 'metadata.json')
@@ -131,7 +131,7 @@ def load_saved_model(path: Path) -> Run:
 
 def write_onnx(program: Program, metadata: Metadata, path: Path) -> None:
     """Depthwise convolutions become grouped convolutions in ONNX, on whatever platform this runs."""
-    jax2onnx, onnx = (_import(name, 'requirements-export.txt') for name in ('jax2onnx', 'onnx'))
+    jax2onnx, onnx = (import_optional(name, '-r requirements-export.txt') for name in ('jax2onnx', 'onnx'))
     with plain_everywhere(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try:
@@ -153,7 +153,7 @@ def write_onnx(program: Program, metadata: Metadata, path: Path) -> None:
 
 
 def load_onnx(path: Path) -> Run:
-    runtime = _import('onnxruntime', 'requirements-export.txt')
+    runtime = import_optional('onnxruntime', '-r requirements-export.txt')
     session = runtime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     names = [value.name for value in session.get_inputs()]
     return lambda *arguments: tuple(session.run(None, dict(zip(names, arguments, strict=True))))
@@ -212,10 +212,3 @@ def _for_tensorflow(module_serialized: bytes) -> bytes:
 def _names(path: Path) -> tuple[list[str], list[str]]:
     metadata = json.loads(path.read_text(encoding='utf-8'))
     return [i['name'] for i in metadata['inputs']], metadata['outputs']
-
-
-def _import(name: str, requirements: str) -> Any:
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise UserError(f'{name} cannot be imported ({error}): pip install -r {requirements}') from error

@@ -136,7 +136,7 @@ class Checkpoints:
             raise UserError(
                 f'{self.folder / str(step)} holds the state of another model ({difference}): choose another --workdir'
             )
-        self._read_all_files(step)
+        integrity.read_all_files(self.folder / str(step))
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(state_like), data=ocp.args.JsonRestore())
         restored = self._read(step, items)
         integrity.check_sums(restored.state, contents)
@@ -150,7 +150,7 @@ class Checkpoints:
           UserError: if the system refuses to read them.
         """
         contents = self._contents(step)
-        self._read_all_files(step)
+        integrity.read_all_files(self.folder / str(step))
         with integrity.reading(self.folder / str(step)):
             tree = self._manager.item_metadata(step).state.tree  # type: ignore[union-attr]
         name, variables = deployed(tree)
@@ -193,10 +193,6 @@ class Checkpoints:
     def _read(self, step: int, items: Any) -> Any:
         with integrity.reading(self.folder / str(step)):
             return self._manager.restore(step, args=items)
-
-    def _read_all_files(self, step: int) -> None:
-        with integrity.reading(self.folder / str(step)):
-            integrity.read_all_files(self.folder / str(step))
 
     def _score(self, step: int) -> float:
         """The metric that decides which checkpoint is best; NaN if it was not evaluated."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from effdet_jax.errors import UserError
+from effdet_jax.errors import UserError, explaining_write_errors
 from effdet_jax.runtime import process
 
 try:
@@ -83,15 +83,6 @@ def replacing(path: Path) -> Iterator[Path]:
             if temporary.is_dir():
                 shutil.rmtree(temporary)
             temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def explaining_write_errors(path: object, advice: str) -> Iterator[None]:
-    """Turns an OSError of the block into a UserError that says that `path` cannot be written, and gives `advice`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f'{path} cannot be written ({error.strerror or error}): {advice}') from error
 
 
 class Appender:

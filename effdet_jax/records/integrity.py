@@ -46,10 +46,15 @@ def first_difference(contents: Contents, state_like: Any) -> str:
 
 
 def read_all_files(folder: Path) -> None:
-    """Reads the array files one by one. Orbax reads them concurrently and prints a traceback for each bad one."""
-    store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'file://{folder}/state/'}).result()
-    for key in store.list().result():
-        store.read(key).result()
+    """Reads the array files one by one. Orbax reads them concurrently and prints a traceback for each bad one.
+
+    Raises:
+      DamagedError, UserError: as `reading`.
+    """
+    with reading(folder):
+        store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'file://{folder}/state/'}).result()
+        for key in store.list().result():
+            store.read(key).result()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ TensorFlow and PyTorch are imported only when a file needs them.
 import argparse
 import contextlib
 import gzip
-import importlib
 import io
 import math
 import pickle
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from effdet_jax.errors import UserError
+from effdet_jax.errors import UserError, import_optional
 
 Arrays = dict[str, np.ndarray]
 
@@ -103,7 +102,7 @@ def _read_safetensors(source: Path) -> Arrays:
 
 
 def _read_torch(source: Path) -> Arrays:
-    torch = _needed('torch', 'requirements-torch.txt', f'{source} is a PyTorch file')
+    torch = import_optional('torch', '-r requirements-torch.txt')
     if zipfile.is_zipfile(source):
         with _damage_reported(source, zipfile.BadZipFile, OSError, ValueError), zipfile.ZipFile(source) as archive:
             _refuse_too_large(source, (member.file_size for member in archive.infolist()))
@@ -141,7 +140,7 @@ def _tensors(content: Any, torch: Any) -> Mapping[str, Any]:
 
 def _read_tensorflow(prefix: Path, source: Path) -> Arrays:
     """Reads the checkpoint `prefix`. `source` is what the user gave, for messages."""
-    tensorflow = _needed('tensorflow', 'requirements-tensorflow.txt', f'{source} is a TensorFlow checkpoint')
+    tensorflow = import_optional('tensorflow', '-r requirements-tensorflow.txt')
     arrays: Arrays = {}
     with _damage_reported(source, tensorflow.errors.OpError, ValueError, IndexError, RuntimeError):
         reader = tensorflow.train.load_checkpoint(str(prefix))
@@ -223,13 +222,6 @@ class _Bounded(io.RawIOBase):
         if self._left < 0:
             raise _too_large(self._source)
         return content
-
-
-def _needed(module: str, requirements: str, why: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f'{why}, to read it: pip install -r {requirements}') from error
 
 
 @contextlib.contextmanager

@@ -416,7 +416,7 @@ def test_archives(members, message, tmp_path, refused):
 def test_what_a_format_needs(module, write, requirements, tmp_path, refused, monkeypatch):
     source = write(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    message = refused(source, rf'{source} is a .* pip install -r {requirements}')
+    message = refused(source, rf'{module} cannot be imported .* pip install -r {requirements}')
     assert '/tmp/tmp' not in message
 
 

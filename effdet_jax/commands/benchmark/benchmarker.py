@@ -14,11 +14,11 @@ import numpy as np
 from effdet_jax import data
 from effdet_jax.build import host_batch_size
 from effdet_jax.commands.benchmark.peaks import Peak, peak
+from effdet_jax.errors import explaining_write_errors
 from effdet_jax.inference.detector import Detector, Thresholds, image_anchors, make_detect, make_detect_pixels
 from effdet_jax.model import EfficientDet, build_model
 from effdet_jax.model.cost import cost_of_parts
 from effdet_jax.records.console import stage, track
-from effdet_jax.records.files import explaining_write_errors
 from effdet_jax.runtime import devices, process, timing, xla
 from effdet_jax.training import footprint
 from effdet_jax.training.compiled import compile_step, map_train_step

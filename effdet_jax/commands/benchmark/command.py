@@ -12,6 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from effdet_jax.commands import cli
+from effdet_jax.errors import explaining_write_errors
 
 CONFIG = config_flags.DEFINE_config_file('config', None, cli.CONFIG_HELP, lock_config=True)
 WHAT = flags.DEFINE_enum('what', 'infer', ['infer', 'train', 'data', 'startup'], 'what to measure')
@@ -38,8 +39,8 @@ def main(_: Sequence[str]) -> None:
     import jax
 
     from effdet_jax.commands.benchmark import benchmarker, speed_tables, start_times
-    from effdet_jax.records import files
     from effdet_jax.records.console import info, result
+    from effdet_jax.records.files import write_atomically
 
     jax.config.update('jax_enable_compilation_cache', False)  # in this process, not in those of startup
     config, profile = CONFIG.value, PROFILE.value
@@ -60,9 +61,9 @@ def main(_: Sequence[str]) -> None:
             f'pip install xprof and run xprof --logdir={profile}'
         )
     if OUT.value:
-        with files.explaining_write_errors(OUT.value, 'choose another --out'):
-            content = json.dumps({'settings': settings, 'rows': rows}, indent=1) + '\n'
-            files.write_atomically(OUT.value, content.encode())
+        content = json.dumps({'settings': settings, 'rows': rows}, indent=1) + '\n'
+        with explaining_write_errors(OUT.value, 'choose another --out'):
+            write_atomically(OUT.value, content.encode())
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from effdet_jax import config as run_config
 from effdet_jax import data
 from effdet_jax.data import shapes
-from effdet_jax.errors import UserError
+from effdet_jax.errors import UserError, explaining_write_errors
 from effdet_jax.inference import Detections, Detector
 from effdet_jax.inference.detector import (
     BOXES,
@@ -33,7 +33,7 @@ from effdet_jax.model import build_model
 from effdet_jax.model.batch_norm import fold
 from effdet_jax.records.checkpoint import load_variables
 from effdet_jax.records.console import info
-from effdet_jax.records.files import explaining_write_errors, replacing
+from effdet_jax.records.files import replacing
 from effdet_jax.records.sessions import describe_session
 from effdet_jax.runtime import xla
 

@@ -15,11 +15,11 @@ from effdet_jax import config as run_config
 from effdet_jax.configs import coco, default
 from effdet_jax.configs.presets import PRESETS
 from effdet_jax.configs.scaling import SCALES
-from effdet_jax.errors import UserError
+from effdet_jax.errors import UserError, explaining_write_errors
 from effdet_jax.model import build_model, efficientnet
 from effdet_jax.records.checkpoint import Checkpoints, has_checkpoints
 from effdet_jax.records.console import info, result, table
-from effdet_jax.records.files import explaining_write_errors, write_atomically
+from effdet_jax.records.files import write_atomically
 from effdet_jax.training.state import init_variables
 from effdet_jax.weights import certificate, families, names, readers
 
