@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effdet_jax.kernels.depthwise import depthwise_conv
-from effdet_jax.kernels.pointwise import pointwise_conv
-from effdet_jax.kernels.resampling import double, max_pool
-from effdet_jax.kernels.stem import stem_conv
+from effdet_jax.kernels.layers import double, max_pool, pointwise_conv, stem_conv
 from effdet_jax.model.batch_norm import BatchNorm
 
 # Initialisers: fan-out in the backbone, Glorot in the feature network, fan-in in the heads. A depthwise kernel is

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effdet_jax.kernels import pointwise, resampling, stem
+from effdet_jax.kernels import layers
 
 
 def draw(*shape, seed=0):
@@ -15,8 +15,8 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize('size', [(8, 8), (7, 9), (6, 5), (1, 3), (12, 10)])
 def test_the_stem_on_cpu_is_the_convolution_of_xla(size):
     x, kernel = draw(2, *size, 3), draw(3, 3, 3, 4, seed=1)
-    ours = jax.jit(stem.stem_conv)(x, kernel)
-    np.testing.assert_allclose(ours, stem.plain_stem_conv(x, kernel), rtol=1e-5, atol=1e-5)
+    ours = jax.jit(layers.stem_conv)(x, kernel)
+    np.testing.assert_allclose(ours, layers.plain_stem_conv(x, kernel), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('train', [False, True])
@@ -26,7 +26,7 @@ def test_a_product_of_matrices_is_a_1x1_convolution_of_the_gated_input(with_gate
     gate = jax.nn.sigmoid(draw(3, 1, 1, 6, seed=3)) if with_gate else None
     gated = x * gate if with_gate else x
     expected = jax.lax.conv_general_dilated(gated, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    ours = pointwise.pointwise_conv(x, kernel, bias, gate, train)
+    ours = layers.pointwise_conv(x, kernel, bias, gate, train)
     np.testing.assert_allclose(ours, expected + bias, rtol=1e-5, atol=1e-5)
 
 
@@ -39,8 +39,7 @@ def value_and_gradient(function, x):
 def test_pooling_and_its_gradient_are_those_of_the_window_operation(size):
     x = draw(2, *size, 3) - 5  # all negative: padding with zeros would show
     ours, plain = (
-        value_and_gradient(lambda x, pool=pool: pool(x, (2, 2)), x)
-        for pool in (resampling.max_pool, resampling.plain_max_pool)
+        value_and_gradient(lambda x, pool=pool: pool(x, (2, 2)), x) for pool in (layers.max_pool, layers.plain_max_pool)
     )
     for a, b in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -48,8 +47,6 @@ def test_pooling_and_its_gradient_are_those_of_the_window_operation(size):
 
 def test_doubling_and_its_gradient_are_those_of_repeated_rows_and_columns():
     x = draw(2, 3, 4, 5)
-    ours, plain = (
-        value_and_gradient(f, x) for f in (resampling.double, lambda x: x.repeat(2, axis=1).repeat(2, axis=2))
-    )
+    ours, plain = (value_and_gradient(f, x) for f in (layers.double, lambda x: x.repeat(2, axis=1).repeat(2, axis=2)))
     for a, b in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
