@@ -13,7 +13,7 @@ from effdet_jax.kernels.batch_norm import batch_norm as batch_norm_kernel
 from effdet_jax.kernels.dispatch import runs_as
 
 EPSILON = 1e-3  # everywhere (docs/reference.md, Backbone)
-FOLDED = 'folded'  # the collection in which `fold` leaves scale and shift
+FOLDED = 'folded'  # collection with the scale and shift that `fold` computes
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {'swish': nn.swish, 'relu6': nn.relu6, 'none': lambda x: x}
 
@@ -27,7 +27,7 @@ def batch_norm(
     axis_name: str | None = None,
     epsilon: float = EPSILON,
 ) -> tuple[Float[Array, '*b C'], Float[Array, 'C'], Float[Array, 'C']]:
-    """(normalised with its own statistics and activated, mean, biased variance). No gradient passes the last two.
+    """(x normalised with its own statistics and activated, mean, biased variance). The last two have no gradient.
 
     Statistics are over all axes but the last, and over all devices of `axis_name`.
     """
@@ -45,9 +45,9 @@ def batch_norm(
 class BatchNorm(nn.Module):
     """`activation((x - mean) / sqrt(variance + epsilon) * scale + bias)`; statistics over all axes but the last.
 
-    In training they are those of the batch, over all devices of `axis_name`, and are left in `batch_stats`: to average
-    them over the steps is the training step's business (training/state.py). Otherwise they are taken from there, or,
-    where `fold` has been at work, `scale * x + shift` from the collection `folded`. float32 inside.
+    Training uses the statistics of the batch, over all devices of `axis_name`, and leaves them in `batch_stats`, which
+    the training step averages over the steps (training/state.py). Otherwise they are read from there; with variables
+    from `fold` the layer is `scale * x + shift`. float32 inside.
     """
 
     activation: str = 'none'
