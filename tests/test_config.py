@@ -14,7 +14,6 @@ from ml_collections import config_flags
 from effdet_jax import config as run_config
 from effdet_jax.commands import cli
 from effdet_jax.configs import bccd, default, own_data, rules, scaling
-from effdet_jax.configs.recipes import RECIPES
 from effdet_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -80,18 +79,28 @@ def test_every_config_file_has_the_keys_of_the_default(name):
     run_config.check(get_config(name))
 
 
-@pytest.mark.parametrize('preset', default.DATASETS)
-@pytest.mark.parametrize('name', FAMILY)
-def test_presets_choose_the_data(name, preset):
-    dataset = get_config(name, preset).dataset
-    assert {key: dataset[key] for key in ('source', 'train_split', 'eval_split')} == default.DATASETS[preset]
-
-
-@pytest.mark.parametrize('recipe', RECIPES)
-@pytest.mark.parametrize('name', FAMILY)
-def test_a_recipe_changes_its_keys_and_no_other(name, recipe):
-    before, after = (dict(run_config.flatten(get_config(name, words).to_dict())) for words in ('shapes', recipe))
-    assert after == before | RECIPES[recipe]
+# docs/reference.md, Optimization; docs/seed_report.md, Training.
+@pytest.mark.parametrize(
+    ('words', 'facts'),
+    [
+        ('', {'dataset.source': 'shapes', 'train.epochs': 600.0}),
+        ('voc2007', {'dataset.source': 'tfds:voc/2007', 'dataset.eval_split': 'test'}),
+        ('voc0712', {'dataset.source': 'tfds:voc/2007 + tfds:voc/2012', 'dataset.eval_split': 'tfds:voc/2007@test'}),
+        ('coco2017', {'dataset.train_split': 'train', 'dataset.eval_split': 'validation'}),
+        ('own', {'dataset.source': '', 'optimizer.name': 'sgd'}),
+        ('official', {'train.batch_size': 64, 'schedule.learning_rate': 0.08, 'train.ema_decay': 0.9998,
+                      'optimizer.name': 'sgd', 'optimizer.clip_norm': 10.0, 'loss.l2': 4e-5}),
+        ('effdet', {'train.batch_size': 32, 'train.epochs': 300.0, 'schedule.final_rate': 1e-5,
+                    'schedule.learning_rate': 0.09, 'optimizer.weight_decay': 4e-5, 'loss.l2': 0.0}),
+        ('report', {'train.epochs': 200.0, 'train.freeze': 'backbone', 'train.unfreeze_epoch': 50.0,
+                    'schedule.learning_rate': 1e-3, 'loss.delta': 1.0, 'optimizer.name': 'adam'}),
+        ('short', {'train.epochs': 40.0, 'optimizer.name': 'adamw', 'augment.scale': (0.7, 1.4)}),
+    ],
+)  # fmt: skip
+def test_words_choose_the_data_and_the_recipe(words, facts):
+    config = dict(run_config.flatten(get_config('d7', *filter(None, [words])).to_dict()))
+    assert facts.items() <= config.items()
+    assert (config['image.size'], config['model.anchors.scale']) == ((1536, 1536), 5.0)  # the member's own
 
 
 @pytest.mark.parametrize(
