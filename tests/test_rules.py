@@ -46,7 +46,8 @@ def assert_refused(key, value):
 NUMBERS = [
     (
         'model.fpn_channels model.fpn_cells model.anchors.scales_per_octave dataset.max_boxes train.batch_size '
-        'train.max_skipped_steps eval.batch_size eval.max_candidates eval.max_detections checkpoint.keep log.every_steps',
+        'train.max_skipped_steps eval.batch_size eval.max_candidates eval.max_detections checkpoint.keep '
+        'log.every_steps',
         (1, FOREVER), (0, -8),
     ),
     ('model.head_layers dataset.threads dataset.prefetch eval.pictures', (0, FOREVER), (-1,)),
