@@ -2,21 +2,18 @@ import functools
 import importlib
 import json
 import operator
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
 from absl.flags import Error, FlagValues
 from ml_collections import config_flags
+from processes import ROOT, printed_by
 
 from effdet_jax import config as run_config
 from effdet_jax.commands import cli
 from effdet_jax.configs import bccd, default, own_data, rules, scaling
 from effdet_jax.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 NO_RUNS = ('__init__', 'default', 'recipes', 'scaling', 'presets', 'coco', 'saved', 'rules')
 FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in NO_RUNS)
 
@@ -144,8 +141,7 @@ def test_a_config_imports_no_jax():
     script = (
         f'import sys; {imports}print([m for m in ("jax", "flax", "numpy", "effdet_jax.config") if m in sys.modules])'
     )
-    printed = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert printed.stdout == '[]\n'
+    assert printed_by(script) == '[]\n'
 
 
 # From the command line.

@@ -4,16 +4,13 @@ With a network of three convolutions (tiny.Toy) on a table of 16 small images.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import cv2
 import jax
 import pytest
 import tiny
+from processes import python
 
 from effdet_jax import build, data, evaluate, train
 from effdet_jax import config as run_config
@@ -24,7 +21,6 @@ from effdet_jax.records import console
 from effdet_jax.records.metrics import MetricsLog, read_metrics
 from experiments.reliability import config as reliability
 
-ROOT = Path(__file__).parents[1]
 IMAGES = 16
 STEPS = 8  # of two epochs
 
@@ -118,15 +114,10 @@ def test_the_runs_own_config_with_a_flag_continues_it(two_epochs, folder):
 @pytest.mark.parametrize('config_flags', [(), ('--config=configs/saved.py:{run}',)], ids=['none', 'saved'])
 def test_the_command_continues_with_a_flag_and_without_a_config(folder, config_flags):
     run = folder / 'run'
-    done = subprocess.run(
-        [
-            sys.executable, '-m', 'experiments.reliability.small', *(flag.format(run=run) for flag in config_flags),
-            f'--workdir={run}', '--config.train.epochs=3',
-        ],
-        cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, '')
-    assert f'from step {STEPS} of 12' in ' '.join(done.stdout.split())
+    flags = [*(flag.format(run=run) for flag in config_flags), f'--workdir={run}', '--config.train.epochs=3']
+    code, printed, error = python('-m', 'experiments.reliability.small', *flags)
+    assert (code, error) == (0, '')
+    assert f'from step {STEPS} of 12' in ' '.join(printed.split())
     assert saved_config(run)['train']['epochs'] == 3.0
 
 

@@ -3,17 +3,16 @@
 import base64
 import html.parser
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import tiny
+from processes import effdet, printed_by
 
 from effdet_jax import config, reporting
 from effdet_jax.errors import UnreadableError
@@ -166,15 +165,10 @@ def test_the_command_reports_the_best_checkpoint_on_any_split(finished_run, tmp_
     shutil.copytree(finished_run[0], workdir)
     (workdir / 'report.html').unlink()
     out = tmp_path / 'made' / 'page.html'
-    done = subprocess.run(
-        [
-            sys.executable, '-m', 'effdet_jax', 'report', f'--workdir={workdir}', f'--out={out}',
-            '--config.dataset.eval_split=1000000:1000004',
-        ],
-        cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, '')
-    assert 'evaluating' in done.stdout and f'{out}' in done.stdout
+    split = '--config.dataset.eval_split=1000000:1000004'
+    code, printed, error = effdet('report', f'--workdir={workdir}', f'--out={out}', split)
+    assert (code, error) == (0, '')
+    assert 'evaluating' in printed and f'{out}' in printed
     assert 'on 4 images' in ' '.join(' '.join(Reader(out.read_text(encoding='utf-8')).text).split())
     assert not (workdir / 'report.html').exists()
     assert [path.name for path in out.parent.iterdir()] == [out.name]
@@ -182,7 +176,7 @@ def test_the_command_reports_the_best_checkpoint_on_any_split(finished_run, tmp_
 
 def test_help_does_not_wait_for_jax():
     code = 'import sys, effdet_jax.commands.report; assert not {"jax", "matplotlib"} & {*sys.modules}'
-    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+    printed_by(code)
 
 
 PROBE = """

@@ -1,33 +1,22 @@
 """Commands as a user starts them: the exit code, and one line that says what to do."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
+from processes import ROOT, printed_by, python
 
 from effdet_jax import config as run_config
 from effdet_jax.commands.cli import COMMANDS
 from effdet_jax.configs import quickstart
-
-ROOT = Path(__file__).parents[2]
-
 
 DOORS = {'main': ('effdet_jax.main',), '__main__': ('effdet_jax',)}  # of all others `effdet_jax COMMAND`
 
 
 def start(command, *arguments, cwd=ROOT, **environment):
     """(exit code, stdout, stderr)."""
-    done = subprocess.run(
-        [sys.executable, '-m', *DOORS.get(command, ('effdet_jax', command)), *map(str, arguments)],
-        cwd=cwd, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | environment,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+    return python('-m', *DOORS.get(command, ('effdet_jax', command)), *arguments, cwd=cwd, **environment)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +204,7 @@ def test_a_run_without_a_workdir_is_called_after_its_config():
         f'{ROOT}/configs/saved.py:out/d3': 'out/d3',
     }
     show = 'import sys; from effdet_jax import main; print(*map(main.default_workdir, sys.argv[1:]))'
-    done = subprocess.run([sys.executable, '-c', show, *names], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == list(names.values())
+    assert printed_by(show, *names).split() == list(names.values())
 
 
 def test_the_cards_command_trains_in_its_own_folder_and_says_so(tmp_path):
@@ -250,10 +238,8 @@ def test_on_windows_every_command_asks_for_wsl(module, command, tmp_path):
 
 def test_importing_the_detector_on_windows_asks_for_wsl(tmp_path):
     (tmp_path / 'fcntl.py').write_text('raise ModuleNotFoundError("No module named fcntl")')
-    words = [sys.executable, '-c', 'from effdet_jax.inference import Detector']
-    windows = os.environ | {'PYTHONPATH': f'{tmp_path}:{ROOT}'}
-    done = subprocess.run(words, env=windows, capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1].startswith('ImportError: effdet_jax runs on Linux and macOS: on Windows, ')
+    _, _, error = python('-c', 'from effdet_jax.inference import Detector', PYTHONPATH=f'{tmp_path}:{ROOT}')
+    assert error.splitlines()[-1].startswith('ImportError: effdet_jax runs on Linux and macOS: on Windows, ')
 
 
 @pytest.mark.parametrize('command', ['__main__', 'main', 'report', 'completion'])

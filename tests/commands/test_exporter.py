@@ -1,9 +1,7 @@
 import functools
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import types
 import zipfile
@@ -15,6 +13,7 @@ import ml_collections
 import numpy as np
 import pytest
 import tiny
+from processes import printed_by
 
 import effdet_jax
 from effdet_jax import config as run_config
@@ -70,15 +69,11 @@ def test_it_runs_where_jax_and_numpy_are_alone(exported, finished_run, tmp_path)
     image = tiny.ManySizes(3)[2].image
     np.save(tmp_path / 'image.npy', image)
     shutil.copy(exported, tmp_path / 'd3.zip')
-    done = subprocess.run(
-        [sys.executable, '-c', ALONE],
-        cwd=tmp_path, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    printed = printed_by(ALONE, cwd=tmp_path, PYTHONPATH='')
     found, expected = np.load(tmp_path / 'found.npz'), Detector.load(finished_run[0])(image)
     np.testing.assert_allclose(found['boxes'], expected.boxes_xyxy, atol=1e-3)
     np.testing.assert_allclose(found['scores'], expected.scores, atol=1e-5)
-    assert tuple(done.stdout.split()) == expected.names
+    assert tuple(printed.split()) == expected.names
 
 
 def test_the_detector_that_is_shown_to_users(finished_run, tmp_path, monkeypatch):

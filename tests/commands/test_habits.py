@@ -1,35 +1,18 @@
 """What users of command lines expect: --help, --quiet, --verbose, NO_COLOR, tab completion, an installed `effdet`."""
 
 import json
-import os
-import pty
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
+from processes import ROOT, effdet, on_a_terminal, python
 
 import effdet_jax
 from effdet_jax.commands.cli import COMMANDS
 
-ROOT = Path(__file__).parents[2]
 HEAVY = ('jax', 'flax', 'tensorflow', 'torch', 'matplotlib', 'cv2', 'grain', 'orbax')
-
-
-def effdet(*arguments, cwd=ROOT, **environment):
-    """(exit code, stdout, stderr) of `effdet ...`, as a checkout has it."""
-    return python('-m', 'effdet_jax', *arguments, cwd=cwd, **environment)
-
-
-def python(*arguments, cwd=ROOT, **environment):
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False,
-        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | environment,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
 
 
 # Help.
@@ -96,48 +79,6 @@ def test_verbose_tells_where_an_error_comes_from():
     assert (code, error) == (2, 'error: --quiet and --verbose contradict each other: give only one of them\n')
 
 
-COLORS = re.compile(r'\x1b\[[\d;]*m')
-SHOW = """
-import time
-from effdet_jax.records import console
-console.terminal.print('[red]error[/red]')
-with console.Progress(2, description='training') as progress:
-    progress.update(1, {'loss': 0.5})
-    time.sleep(0.3)
-"""
-
-
-def on_a_terminal(**environment):
-    """What `SHOW` writes to a terminal."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        clean = {key: value for key, value in os.environ.items() if key not in ('NO_COLOR', 'FORCE_COLOR')}
-        os.chdir(ROOT)
-        os.execve(sys.executable, [sys.executable, '-c', SHOW], clean | {'TERM': 'xterm-256color'} | environment)
-    written = b''
-    while chunk := _read(terminal):
-        written += chunk
-    os.waitpid(pid, 0)
-    return written.decode()
-
-
-def _read(terminal):
-    try:
-        return os.read(terminal, 65536)
-    except OSError:  # Linux's way to say that nobody writes any more
-        return b''
-
-
-def test_colours_are_a_choice():
-    assert '\x1b[31m' in on_a_terminal()
-    plain = on_a_terminal(NO_COLOR='1')
-    codes = {code for style in COLORS.findall(plain) for code in style[2:-1].split(';')}
-    assert 'training' in plain
-    assert all(int(code or 0) < 30 for code in codes)  # bold and such; 30 and above are colours
-    assert '\x1b' not in on_a_terminal(TERM='dumb')
-    assert '\x1b' not in python('-c', SHOW)[1]
-
-
 # Tab completion.
 
 
@@ -171,18 +112,10 @@ def test_bash_completes_commands_flags_keys_choices_and_paths(tab):
 def test_bash_knows_that_effdet_is_completed(tmp_path):
     """A terminal, a tab: readline and all."""
     (tmp_path / 'effdet.bash').write_text(effdet('completion', 'bash')[1])
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execvp('bash', ['bash', '--norc', '--noprofile', '-i'])
     source, line = f'source {tmp_path}/effdet.bash\n', 'effdet train --config=configs/qui\t'
     keys = f'{source}{line}\x01echo \nexit\n'  # \x01: to the start of the line
-    os.write(terminal, keys.encode())
-    written = b''
-    while chunk := _read(terminal):
-        written += chunk
-    os.waitpid(pid, 0)
-    assert 'effdet train --config=configs/quickstart.py' in written.decode()
+    written = on_a_terminal('bash', '--norc', '--noprofile', '-i', keys=keys.encode())
+    assert 'effdet train --config=configs/quickstart.py' in written
 
 
 def test_an_unknown_shell_is_bad_usage():

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from absl import app
 from PIL import Image
+from processes import effdet
 from pycocotools.coco import COCO
 
 from effdet_jax.commands.predict import command as predict
@@ -69,14 +68,9 @@ def run(images, finished_run, tmp_path_factory):
     with video_writer(clip, FRAME_RATE, 60, 90) as write:
         for number in range(FRAMES):
             write(np.roll(cv2.imread(str(images / 'wide.png'), 1)[:1, :90].repeat(60, 0), number, axis=1))
-    done = subprocess.run(
-        [
-            sys.executable, '-m', 'effdet_jax', 'predict', f'--workdir={finished_run[0]}', f'--out={out}', '--score=0',
-            '--crop', '--batch=4', str(images), f'{clip.parent}/cl*.mp4',
-        ],
-        cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return SimpleNamespace(code=done.returncode, out=done.stdout, error=done.stderr, folder=out)
+    options = f'--workdir={finished_run[0]}', f'--out={out}', '--score=0', '--crop', '--batch=4'
+    code, printed, error = effdet('predict', *options, images, f'{clip.parent}/cl*.mp4')
+    return SimpleNamespace(code=code, out=printed, error=error, folder=out)
 
 
 def test_a_broken_image_is_named_in_one_line_and_the_exit_code(run):

@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import printed_by
 
 from effdet_jax.data import Source, fingerprint, open_source, resolve_split, shapes
 from effdet_jax.errors import UserError
@@ -85,8 +84,7 @@ batches = data.train_batches(data.open_source('shapes', '0:3'), image_size=(64, 
                              scale_range=(0.8, 1.2), seed=0, threads=1)
 print(next(iter(batches))['image'].shape)
 """
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.stdout == '(2, 64, 64, 3)\n', done.stderr
+    assert printed_by(code) == '(2, 64, 64, 3)\n'
 
 
 @pytest.mark.parametrize('folder', ['a + b', 'my, data', 'me@home', 'a + b, c@d', 'shapes + rings'])

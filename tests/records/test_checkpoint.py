@@ -1,16 +1,16 @@
 import errno
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from full_disk import full_disk
+from processes import printed_by
 
 from effdet_jax.errors import UserError
 from effdet_jax.records import console
@@ -189,21 +189,24 @@ def test_the_older_one_stays_until_all_of_the_newer_is_on_the_disk(tmp_path, mon
 
 @pytest.mark.parametrize('error', [KeyError('gs://'), RuntimeError('writer'), OSError(errno.EIO, 'broken')])
 def test_whatever_the_writer_raises_is_a_refused_save(tmp_path, monkeypatch, error):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints, wait = Checkpoints(tmp_path), ocp.CheckpointManager.wait_until_finished
 
     def refuse(*_, **__):
         raise error
 
+    def wait_and_refuse(self):
+        wait(self)
+        raise error
+
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints._manager, 'save', refuse)
+        patch.setattr(ocp.CheckpointManager, 'save', refuse)
         with pytest.raises(UserError, match=r'the first checkpoint, of step 1, could not be written'):
             save(checkpoints, 1)
     assert steps_in(tmp_path) == []
     save(checkpoints, 2)
     checkpoints.check(wait=True)
     save(checkpoints, 3)
-    checkpoints._manager.wait_until_finished()
-    monkeypatch.setattr(checkpoints._manager, 'wait_until_finished', refuse)
+    monkeypatch.setattr(ocp.CheckpointManager, 'wait_until_finished', wait_and_refuse)
     with console.terminal.capture() as printed:
         checkpoints.check(wait=True)
     assert 'step 2 is safe' in ' '.join(printed.get().split())
@@ -294,7 +297,7 @@ def test_a_system_that_refuses_to_read_is_no_damage(two_saved, tmp_path, monkeyp
     def refuse(*args, **kwargs):
         raise ValueError('cannot restore') from error
 
-    monkeypatch.setattr(checkpoints._manager, 'restore', refuse)
+    monkeypatch.setattr(ocp.CheckpointManager, 'restore', refuse)
     with pytest.raises(UserError, match=r'checkpoints/2 cannot be read \(.*\): nothing was changed; fix the cause'):
         checkpoints.restore_latest(state())
     assert steps_in(workdir) == [1, 2] and not (workdir / 'checkpoints-damaged').exists()
@@ -317,8 +320,7 @@ except UserError as error:
     print(error, flush=True)
 os._exit(0)
 """
-    told = subprocess.run([sys.executable, '-c', code, str(workdir)], capture_output=True, text=True)
-    assert 'checkpoints/2 cannot be read (Too many open files): nothing was changed' in told.stdout, told.stderr
+    assert 'checkpoints/2 cannot be read (Too many open files): nothing was changed' in printed_by(code, workdir)
     assert steps_in(workdir) == [1, 2] and not (workdir / 'checkpoints-damaged').exists()
 
 

@@ -1,9 +1,8 @@
 import math
-import os
-import pty
 import re
-import subprocess
 import sys
+
+from processes import on_a_terminal, printed_by
 
 from effdet_jax.records import console
 from effdet_jax.records.console import Progress, info, table, track
@@ -20,6 +19,7 @@ with console.Progress(3, start=1, description='training') as progress:
         for image in console.track('ab', 2, 'evaluating'):
             console.info(f'[done] {image}')
 """
+CODE = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
 
 
 def test_without_a_terminal_progress_is_plain_lines(capsys, monkeypatch):
@@ -51,18 +51,22 @@ def test_a_stage_says_how_long_it_took():
 
 
 def test_piped_output_has_no_control_characters_even_under_force_color():
-    output = run_python(LOOP, FORCE_COLOR='1')
+    output = printed_by(LOOP, FORCE_COLOR='1', NO_COLOR=None)
     assert output.splitlines()[0] == 'training  step 2/3  loss 0.25  images/s 85.25  waiting 3%'
     assert '[done] b' in output and 'evaluating  2/2' in output
     assert not {'\r', '\x1b'} & set(output)
 
 
-def test_a_terminal_gets_a_bar_and_lines_above_it():
-    output = run_python(LOOP, terminal=True)
-    assert '\x1b[2K' in output and '━' in output
+def test_a_terminal_gets_a_bar_lines_above_it_and_colours_unless_they_are_unwanted():
+    output = on_a_terminal(sys.executable, '-c', LOOP, COLUMNS='150')
+    assert '\x1b[2K' in output and '━' in output and '\x1b[36m' in output
     for text in ('training step 3/3', 'evaluating 1/2', 'loss 0.1667  images/s 85.25  waiting 3%', '[done] b'):
-        assert text in without_colors(output)
-    assert '\x1b[35m' not in run_python(LOOP, terminal=True, NO_COLOR='1')
+        assert text in CODE.sub('', output)
+    plain = on_a_terminal(sys.executable, '-c', LOOP, NO_COLOR='1')
+    assert 'training' in plain
+    codes = [code for style in CODE.findall(plain) if style[-1] == 'm' for code in style[2:-1].split(';')]
+    assert all(int(code or 0) < 30 for code in codes)  # bold and such; 30 and above are colours
+    assert '\x1b' not in on_a_terminal(sys.executable, '-c', LOOP, TERM='dumb')
 
 
 def test_table_is_markdown_with_numbers_flush_right():
@@ -84,27 +88,3 @@ def test_info_prints_lines_as_they_are(capsys):
     line = '[bold] 3:4 :smile: ' + 'x' * 300
     info(line)
     assert capsys.readouterr().out == f'{line}\n'
-
-
-def run_python(code, terminal=False, **environment):
-    variables = {k: v for k, v in os.environ.items() if k not in ('NO_COLOR', 'FORCE_COLOR')}
-    variables |= {'TERM': 'xterm-256color', 'COLUMNS': '150', 'PYTHONIOENCODING': 'utf-8'} | environment
-    command = [sys.executable, '-c', code]
-    if not terminal:
-        return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
-    reader, writer = pty.openpty()
-    process = subprocess.Popen(command, env=variables, stdout=writer, stderr=writer, stdin=writer)
-    os.close(writer)
-    output = b''
-    try:
-        while chunk := os.read(reader, 65536):
-            output += chunk
-    except OSError:  # Linux says so when the last writer has gone
-        pass
-    os.close(reader)
-    assert process.wait() == 0, output.decode()
-    return output.decode()
-
-
-def without_colors(text):
-    return re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', text)

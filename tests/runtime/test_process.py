@@ -1,10 +1,9 @@
-import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import printed_by
 
 from effdet_jax.runtime import process
 
@@ -67,20 +66,15 @@ step = jax.pmap(lambda x: x @ x + 1, axis_name='batch', donate_argnums=0)
 step(np.ones((1, 8, 8), np.float32)).block_until_ready()
 print(events.count('cache_hits'), events.count('cache_misses'))
 """
-    environment = {name: value for name, value in os.environ.items() if name not in (process.FOLDER, 'XLA_FLAGS')}
-    environment |= {'XDG_CACHE_HOME': str(tmp_path), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-    first, second = (
-        subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True) for _ in range(2)
-    )
-    assert first.stdout == '0 1\n', first.stderr
-    assert second.stdout == '1 0\n', second.stderr
+    environment = {'XDG_CACHE_HOME': str(tmp_path), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    environment |= {process.FOLDER: None, 'XLA_FLAGS': None}
+    assert [printed_by(code, **environment) for _ in range(2)] == ['0 1\n', '1 0\n']
 
 
 def test_torch_is_not_loaded():
     """It takes seconds where it is installed, and tensorboardX would."""
     code = 'import sys; from effdet_jax import train; print({"torch", "tensorflow", "matplotlib"} & {*sys.modules})'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.stdout == 'set()\n', done.stderr
+    assert printed_by(code) == 'set()\n'
 
 
 ASKED_FOR = f'{process.HUGE_PAGES}=1'
@@ -92,10 +86,8 @@ needs_asking = pytest.mark.skipif(
 
 def of_a_process(code: str, *arguments: str, tunables: str = '') -> str:
     """What it prints, started with so many tunables of glibc."""
-    environment = {name: value for name, value in os.environ.items() if name != process.TUNABLES}
-    environment |= {process.TUNABLES: tunables} if tunables else {}
-    command = [sys.executable, '-c', 'import os, sys; from effdet_jax.runtime import process; ' + code, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    code = 'import os, sys; from effdet_jax.runtime import process; ' + code
+    return printed_by(code, *arguments, **{process.TUNABLES: tunables or None})
 
 
 @needs_asking
