@@ -1,5 +1,7 @@
+import fcntl
 import functools
 import gc
+import json
 import os
 
 import hypothesis
@@ -23,10 +25,17 @@ hypothesis.settings.load_profile('compiles')
 gc.set_threshold(100_000)  # tracing makes many objects and no garbage: a quarter of its time went into looking for it
 
 
+@pytest.fixture(scope='session')
+def shared_folder(tmp_path_factory):
+    """One for all workers of pytest-xdist, which each have a temporary folder in it."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+
+
 @pytest.fixture(scope='session', autouse=True)
-def compilation_cache(tmp_path_factory):
+def compilation_cache(shared_folder):
     """A program that two tests need is compiled once, in commands too; nothing is left for or from another session."""
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder := tmp_path_factory.mktemp('jax'))
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder := shared_folder / 'jax')
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
@@ -72,14 +81,17 @@ def use_xlas_depthwise_convolution(patch):
 
 
 @pytest.fixture(scope='session')
-def finished_run(tmp_path_factory):
-    """(work directory, metrics that it ended with, what it printed) of a run with `tiny.config()`."""
+def finished_run(shared_folder):
+    """(work directory, metrics at its end, what it printed) of a run with `tiny.config()`; one worker makes it."""
     from effdet_jax import train
     from effdet_jax.records import console
 
-    workdir = tmp_path_factory.mktemp('runs') / 'finished'
-    with pytest.MonkeyPatch.context() as patch:
-        use_xlas_depthwise_convolution(patch)
-        with console.terminal.capture() as printed:
-            numbers = train.train_and_evaluate(tiny.config(), workdir)
-    return workdir, numbers, printed.get()
+    workdir, results = shared_folder / 'finished', shared_folder / 'finished.json'
+    with (shared_folder / 'finished.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not results.exists():
+            with pytest.MonkeyPatch.context() as patch, console.terminal.capture() as printed:
+                use_xlas_depthwise_convolution(patch)
+                numbers = train.train_and_evaluate(tiny.config(), workdir)
+            results.write_text(json.dumps([numbers, printed.get()]))
+    return workdir, *json.loads(results.read_text())

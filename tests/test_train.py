@@ -157,6 +157,7 @@ def test_the_last_checkpoints_are_there_and_the_best(finished_run):
 # Interrupted and started again.
 
 
+@pytest.mark.slow
 def test_a_continued_run_ends_with_the_same_state_to_the_bit(finished_run, continued_run, fresh):
     once, again = (final_state(run[0], fresh) for run in (finished_run, continued_run))
     assert_same(once.state, again.state)
@@ -164,6 +165,7 @@ def test_a_continued_run_ends_with_the_same_state_to_the_bit(finished_run, conti
     assert f'continuing {continued_run[0]} from step {INTERRUPTED_AT - 1} of {tiny.STEPS}' in continued_run[2]
 
 
+@pytest.mark.slow
 def test_a_continued_run_has_the_same_metrics_and_every_step_once(finished_run, continued_run):
     once, again = (
         [
@@ -176,6 +178,7 @@ def test_a_continued_run_has_the_same_metrics_and_every_step_once(finished_run, 
     np.testing.assert_equal(continued_run[1], finished_run[1])
 
 
+@pytest.mark.slow
 def test_the_backbone_is_frozen_for_an_epoch_and_then_trained(finished_run, continued_run, fresh):
     frozen, final = continued_run[3].state, final_state(finished_run[0], fresh).state
     same = {'params/backbone', 'batch_stats/backbone'}
@@ -219,6 +222,7 @@ def test_evaluating_what_is_not_there_is_refused_and_leaves_nothing(tmp_path):
     assert not (tmp_path / 'nowhere').exists()
 
 
+@pytest.mark.slow
 def test_starting_from_its_weights_takes_all_of_them_and_says_so(finished_run, fresh):
     workdir, _, _ = finished_run
     with console.terminal.capture() as printed:
@@ -284,6 +288,7 @@ def test_an_unreadable_image_ends_training_with_its_name(tmp_path):
         train.train_and_evaluate(c, tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_a_few_unreadable_images_are_replaced_named_once_and_counted(tmp_path):
     rows = ['image,xmin,ymin,xmax,ymax,label']
     for index in range(16):  # as many as `tiny.config` has, so that its compiled step is used

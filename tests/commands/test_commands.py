@@ -112,13 +112,6 @@ def test_what_is_wrong_in_a_config_file_is_one_line(body, message, tmp_path):
     assert error.count('\n') == 1
 
 
-def test_a_size_is_one_number_and_of_two_flags_the_last_one_counts():
-    sizes = ('--config.image.size=(64,96)', '--config.image.size=128')
-    code, out, error = start('plan', '--config=configs/d0.py', '--no-data', '--no-step', '--quiet', *sizes)
-    assert (code, error) == (0, '')
-    assert 'Network: d0, 90 classes, 128x128 pixels' in out
-
-
 def test_a_run_with_a_wrong_value_is_one_line_until_a_flag_corrects_it(tmp_path):
     c = tiny.config()
     c.eval.nms = 'soft'
@@ -174,6 +167,7 @@ def test_images_at_an_address_are_refused(tmp_path):
     assert error.startswith('error: https://host/a.jpg is an address, ')
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path):
     home, here = tmp_path / 'home', tmp_path / 'here'
     (home / 'mine').mkdir(parents=True)
@@ -226,9 +220,10 @@ def test_the_folder_of_another_run_is_refused_where_no_workdir_is_given(mode, tm
     assert error.count('\n') == 1
 
 
-@pytest.mark.parametrize('module', ['fcntl', 'resource'])
-@pytest.mark.parametrize('command', [*COMMANDS, 'main', '__main__'])
-def test_on_windows_every_command_asks_for_wsl(module, command, tmp_path):
+@pytest.mark.parametrize(
+    ('command', 'module'), [*((command, 'fcntl') for command in (*COMMANDS, 'main', '__main__')), ('train', 'resource')]
+)
+def test_on_windows_every_command_asks_for_wsl(command, module, tmp_path):
     (tmp_path / f'{module}.py').write_text(f'raise ModuleNotFoundError("No module named {module}")')
     code, out, error = start(command, '--help', PYTHONPATH=f'{tmp_path}:{ROOT}')
     assert (code, out) == (1, '')
@@ -319,6 +314,7 @@ def test_plan_says_what_is_wrong_in_one_line(arguments, code, message):
     assert error.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_a_plan_of_shapes_alone(tmp_path):
     out = tmp_path / 'plans' / 'quickstart.md'
     code, printed, error = start(

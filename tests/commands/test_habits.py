@@ -57,6 +57,7 @@ BOXES = 'image,xmin,ymin,xmax,ymax,label\nmissing.png,1,1,9,9,star\n'
 SMALL = ('--config=configs/d0.py', '--config.dataset.train_split=0:9', '--config.dataset.eval_split=9:12')
 
 
+@pytest.mark.slow
 def test_quiet_leaves_results_and_errors():
     plan = ('plan', '--config=configs/quickstart.py', '--no-step', '--no-data')
     code, out, error = effdet(*plan)
@@ -68,6 +69,7 @@ def test_quiet_leaves_results_and_errors():
     assert effdet('plan', '--quiet')[2] == 'error: missing --config; see --help\n'
 
 
+@pytest.mark.slow
 def test_verbose_tells_where_an_error_comes_from():
     wrong = ('plan', '--config=configs/d0.py', '--memory=16')
     code, out, error = effdet(*wrong, '--verbose')

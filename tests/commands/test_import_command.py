@@ -94,6 +94,7 @@ def test_bad_usage(arguments, message):
     assert not (ROOT / 'W').exists()
 
 
+@pytest.mark.slow
 def test_another_model_is_one_line(source):
     names = f'--config.dataset.class_names={shapes.CLASS_NAMES}'
     code, out, error = start('import-weights', '--config=configs/d0.py', names, f'--source={source}', '--workdir=W')
@@ -104,6 +105,7 @@ def test_another_model_is_one_line(source):
     assert not (ROOT / 'W').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('depthwise_by_xla')
 def test_a_backbone_is_frozen_and_then_fine_tuned(tmp_path, capsys):
     """The schedule of (docs/seed_report.md, Training): a detector learns on an imported backbone, which thaws later."""

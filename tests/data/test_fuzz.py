@@ -16,7 +16,7 @@ from PIL import Image
 from effdet_jax.data import open_source, survey, transforms
 from effdet_jax.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # Pillow's about what it reads
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]  # Pillow's about what it reads
 
 IMAGE = cv2.imencode('.png', np.zeros((30, 40, 3), np.uint8))[1].tobytes()
 TOKENS = (

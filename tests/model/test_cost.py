@@ -5,6 +5,7 @@ The published ones are those of (docs/reference.md, Models).
 
 import flax.linen as nn
 import pytest
+from quick import slow_but
 
 from effdet_jax.model.cost import Cost, cost_of_parts, sum_costs
 
@@ -24,7 +25,7 @@ PARTS = {  # backbone, fpn with the projection of P6, class_net, box_net
 }
 
 
-@pytest.mark.parametrize('name', MACS)
+@pytest.mark.parametrize('name', slow_but(MACS, 'd0', 'lite0'))
 def test_published_models(name, traced):
     costs = sum_costs(traced(name))
     assert sum(cost.parameters for cost in costs.values()) == PARAMETERS[name]

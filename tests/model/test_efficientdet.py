@@ -144,6 +144,7 @@ def test_training_updates_every_batch_statistic_and_reaches_every_parameter(trai
         assert [path for path, leaf in leaves.items() if not np.any(leaf)] == []
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_memory(train_step, trained):
     model = tiny(remat=True)
     assert jax.tree.map(jnp.shape, shapes_of(model)) == jax.tree.map(jnp.shape, shapes_of(tiny()))

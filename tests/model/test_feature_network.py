@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from quick import slow_but
 
 from effdet_jax.errors import UserError
 from effdet_jax.model import feature_network, layers
@@ -251,7 +252,7 @@ def test_every_level_keeps_its_size(name, fusion, size, max_level):
                 assert layer['edge_weights'].shape == ((terms, 4) if per_channel else (terms,))
 
 
-@pytest.mark.parametrize('name', FEATURE_NETWORKS)
+@pytest.mark.parametrize('name', slow_but(FEATURE_NETWORKS, 'bifpn'))
 def test_the_gradient_reaches_every_parameter(name):
     # Stored statistics: those of the batch would take out the biases before them.
     model, features = network(name, 8, 'softmax', per_channel=True), pyramid((5, 6), 8, 4)

@@ -79,6 +79,7 @@ def three_steps():
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('depthwise_by_xla')
 def test_four_devices_compute_what_one_computes(three_steps):
     losses_4, state_4 = three_steps(4)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from quick import slow_but
 
 from effdet_jax.configs import default, scaling
 from effdet_jax.inference.detector import image_anchors
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures('depthwise_by_xla')
 NUM_CLASSES = 90
 
 
-@pytest.mark.parametrize('name', [name for name in scaling.SCALES if name != 'nano'])
+@pytest.mark.parametrize('name', slow_but([name for name in scaling.SCALES if name != 'nano'], 'd0'))
 def test_a_training_step_can_be_traced(name, shapes):
     config = default.get_config(name, 'coco2017')
     optimizer, schedule = make_optimizer(config, 1000, 3000)

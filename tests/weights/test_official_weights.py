@@ -3,6 +3,7 @@ import goldens
 import jax
 import numpy as np
 import pytest
+from quick import slow_but
 
 from effdet_jax.configs import default, scaling
 from effdet_jax.errors import UserError
@@ -17,7 +18,7 @@ OFFICIAL_VARIABLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', ['d0', 'd3', pytest.param('d7x', marks=pytest.mark.slow), 'lite0'])
+@pytest.mark.parametrize('name', slow_but(['d0', 'd3', 'd7x', 'lite0'], 'd0', 'lite0'))
 def test_official_weights_give_the_official_outputs(name):
     golden = goldens.load(f'network_{name}')
     config = default.get_config(name).model
@@ -48,7 +49,7 @@ def test_official_weights_give_the_official_outputs(name):
     assert max(worst.values()) < 2e-5, worst
 
 
-@pytest.mark.parametrize('name', OFFICIAL_VARIABLES)
+@pytest.mark.parametrize('name', slow_but(OFFICIAL_VARIABLES, 'd0', 'lite0'))
 def test_official_names_are_all_there_and_none_is_used_twice(name, shapes):
     flat = flax.traverse_util.flatten_dict(shapes(name))
     official = dict(names.their_names(flat, scaling.SCALES[name].backbone, names.SCHEMES['keras']))
@@ -59,6 +60,7 @@ def test_official_names_are_all_there_and_none_is_used_twice(name, shapes):
     assert (len(every), len(trained)) == OFFICIAL_VARIABLES[name]
 
 
+@pytest.mark.slow
 def test_names_of_first_cell_projections(shapes):
     # Which input a projection reads, and its slot, are part of the official name (docs/reference.md, Names).
     expected = {
