@@ -35,9 +35,14 @@ def shared_folder(tmp_path_factory):
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(shared_folder):
     """A program that two tests need is compiled once, in commands too; nothing is left for or from another session."""
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder := shared_folder / 'jax')
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+    settings = {
+        'compilation_cache_dir': str(shared_folder / 'jax'),
+        'compilation_cache_max_size': 2**33,  # with a limit, jax locks the folder: no worker reads half a program
+        'persistent_cache_min_compile_time_secs': 0.3,
+    }
+    for name, value in settings.items():
+        os.environ[f'JAX_{name.upper()}'] = str(value)
+        jax.config.update(f'jax_{name}', value)
 
 
 @pytest.fixture(scope='module', autouse=True)

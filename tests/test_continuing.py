@@ -111,6 +111,7 @@ def test_the_runs_own_config_with_a_flag_continues_it(two_epochs, folder):
     assert f'from step {STEPS} of 12' in continued(c, folder / 'run')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config_flags', [(), ('--config=configs/saved.py:{run}',)], ids=['none', 'saved'])
 def test_the_command_continues_with_a_flag_and_without_a_config(folder, config_flags):
     run = folder / 'run'
@@ -176,6 +177,7 @@ def test_data_that_changed_are_refused_and_accepted_by_their_fingerprint(folder,
     assert steps_of(folder / 'run') == [*range(1, 9 * images // 4 + 1)]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_fingerprints_continues_without_a_word(two_epochs, folder):
     for path in folder.glob('run/checkpoints/*/data/metadata'):
         saved = json.loads(path.read_text())
@@ -186,6 +188,7 @@ def test_a_checkpoint_from_before_fingerprints_continues_without_a_word(two_epoc
     assert steps_of(folder / 'run') == [*range(1, 13)]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_not_saved_yet_starts_with_any_data(folder):
     shutil.rmtree(folder / 'run' / 'checkpoints')
     write_images(folder / 'data' / 'train', 8)
@@ -205,6 +208,7 @@ def test_the_best_checkpoint_is_evaluated_without_the_training_data(folder):
         assert best.metrics['AP'] == max(row['eval/AP'] for row in rows)
 
 
+@pytest.mark.slow
 def test_an_unreadable_evaluation_image_does_not_cost_the_report(two_epochs, folder):
     image = folder / 'data' / 'eval' / '102.png'
     image.write_bytes(image.read_bytes()[:60])
@@ -218,6 +222,7 @@ def test_an_unreadable_evaluation_image_does_not_cost_the_report(two_epochs, fol
 # Memory.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('starts', ['anew', 'from a checkpoint', 'from weights'])
 def test_one_copy_of_the_state_is_in_memory_while_the_loop_runs(two_epochs, folder, monkeypatch, starts):
     changes = {'train.epochs': 3.0} | ({'train.init_from': str(two_epochs / 'run')} if starts == 'from weights' else {})

@@ -255,8 +255,8 @@ def start_two(workdir, *flags, pause=0.0):
     return [start(workdir, *flags, *several, f'--process_id={i}', devices=2, pause=pause) for i in (0, 1)]
 
 
-def finish(processes, seconds=120):
-    printed = [process.communicate(timeout=seconds)[0] for process in processes]
+def finish(processes):
+    printed = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), printed
     return printed
 
@@ -297,9 +297,7 @@ def test_of_two_processes_one_dies_the_other_ends_and_both_continue(tmp_path):
         assert [process.poll() for process in processes] == [None, None]
         time.sleep(0.1)
     processes[1].kill()
-    died = time.monotonic()
-    printed = processes[0].communicate(timeout=60)[0]
-    assert time.monotonic() - died < 60
+    printed = processes[0].communicate(timeout=300)[0]
     assert processes[0].returncode != 0
     assert printed.splitlines()[-1].startswith('error: ')
     assert 'start all of them again, and the run continues from the last checkpoint' in printed.splitlines()[-1]

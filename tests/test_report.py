@@ -212,7 +212,7 @@ def browse(folder, width):
             f'--user-data-dir={folder / "profile"}', '--virtual-time-budget=5000', '--window-size=1600,1000',
             '--dump-dom', f'file://{folder / "frame.html"}',
         ],
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     seen = re.search(r'data-seen="([^"]*)"', done.stdout)
     assert seen, done.stderr

@@ -180,6 +180,7 @@ def test_missing_biases_are_explained(tmp_path, refused):
 # Number of classes
 
 
+@pytest.mark.slow
 def test_another_number_of_classes(tmp_path, refused):
     source = imports.file(tmp_path)
     config = imports.config(class_names=('a', 'b', 'c'))
@@ -220,6 +221,7 @@ def test_90_classes_are_cocos(tmp_path):
 # What may be allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('spoil', 'pattern', 'kind'),
     [
@@ -315,6 +317,7 @@ def tar_gz(folder):
     return containers.released(folder, writers.to_tensorflow(imports.LAYERS, imports.WRITTEN, 'keras'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('write', [imports.file, h5, pth, old_pth, tar_gz])
 @pytest.mark.parametrize('left', [0.3, 0.999])
 def test_a_file_cut_off(write, left, tmp_path, refused):

@@ -118,6 +118,7 @@ def test_a_whole_plan(toy_config):
     assert 'does not fit' not in plan
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_comes_with_what_does(toy_config):
     toy_config.train.batch_size = 64
     sections = list(planner.plan(toy_config, memory=2_500_000, with_data=False))
@@ -128,6 +129,7 @@ def test_a_batch_that_does_not_fit_comes_with_what_does(toy_config):
     assert f'measured with {fits} images' in sections[-1]
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_compiler_refuses_is_predicted_from_smaller_ones(toy_config, monkeypatch):
     toy_config.train.batch_size = 64
     (honest,) = [x for x in planner.plan(toy_config, 10**9, with_data=False) if 'Memory of a training step' in x]

@@ -3,7 +3,6 @@ import json
 import shlex
 import shutil
 import socket
-import time
 from pathlib import Path
 
 import cv2
@@ -194,15 +193,13 @@ def test_given_class_names_fix_the_labels():
 
 
 @pytest.mark.parametrize('name', ['voc/2007', 'coco/2017', 'no_such_set', 'tiny_detection/2012', '../odd'])
-def test_missing_dataset_is_explained_at_once_and_offline(name, monkeypatch):
+def test_missing_dataset_is_explained_offline(name, monkeypatch):
     def connect(*_):
         raise AssertionError('the network was tried')
 
     monkeypatch.setattr(socket.socket, 'connect', connect)
-    start = time.monotonic()
     with pytest.raises(UserError) as error:
         open_source(f'tfds:{name}', 'train')
-    assert time.monotonic() - start < 10
     message = str(error.value)
     assert message.startswith(f'{name} is not prepared in ') and '\n' not in message
     *_, program = shlex.split(message.split(': run ')[1])  # what a shell makes of the advice is a program

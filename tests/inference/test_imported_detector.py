@@ -22,6 +22,7 @@ PHOTOGRAPHS = Path(__file__).parents[3] / 'shared/data/bccd/JPEGImages'
 SIZE = 512
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures('depthwise_by_xla'),
     pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason=f'no photographs at {PHOTOGRAPHS}'),
 ]

@@ -36,12 +36,12 @@ def test_plain_lines_keep_their_distance_but_the_last_one_comes(capsys):
     with Progress(1000) as progress:
         for step in range(1, 1001):
             progress.update(step)
-    assert capsys.readouterr().out.splitlines() == ['step 1000/1000  took 0:00:00']
+    assert re.fullmatch(r'step 1000/1000  took 0:00:0\d\n', capsys.readouterr().out)
 
 
 def test_track_passes_everything_on(capsys):
     assert list(track(iter('abc'), 3, 'evaluating')) == ['a', 'b', 'c']
-    assert capsys.readouterr().out == 'evaluating  3/3  took 0:00:00\n'
+    assert re.fullmatch(r'evaluating  3/3  took 0:00:0\d\n', capsys.readouterr().out)
 
 
 def test_a_stage_says_how_long_it_took():

@@ -226,6 +226,7 @@ def test_accumulation_in_parts_is_one_step_where_batch_norm_is_frozen():
     assert_close(parts, whole)
 
 
+@pytest.mark.slow
 def test_two_devices_compute_what_one_computes():
     """Attacks too meet all images of the batch in the batch norms."""
     state, step = make(recipe(**ON), tiny.toy(NUM_CLASSES, devices.AXIS))
@@ -287,6 +288,7 @@ def states_of(workdirs):
         checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_continued_run_ends_with_the_same_state_to_the_bit(runs):
     once, again = states_of(runs)
     assert_same(once, again)
@@ -297,6 +299,7 @@ def test_a_continued_run_ends_with_the_same_state_to_the_bit(runs):
     assert all(0 <= row['train/class_attacks'] <= 1 and row['train/adversarial_loss'] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_only_the_main_norms_leave_the_training(runs):
     """A detector, and a run that starts from these weights, whose auxiliary norms are copies of the main ones."""
     _, variables = load_variables(runs[0], 'eval/AP')
