@@ -20,21 +20,13 @@ def test_a_walk_has_a_column_and_so_have_nodes_that_do_not_read_each_other():
     assert network_drawing.columns_of([*TABLE, (5, (6, 2), False), (4, (5, 1), False)], 3)[-2:] == [3, 3]
 
 
-def test_no_node_hides_another_and_what_is_read_stands_further_left_or_in_the_same_column():
-    places = network_drawing._places(TABLE, 3)
-    assert len(set(places)) == len(places) == 7
-    for k, (level, inputs, _) in enumerate(TABLE):
-        assert places[3 + k][1] == level
-        assert all(places[i][0] <= places[3 + k][0] for i in inputs)
-
-
 @pytest.mark.parametrize('table', [TABLE, LAYER])
 def test_every_node_every_edge_and_every_output_is_drawn(table):
     axes = Figure().add_subplot()
     network_drawing.draw_network(axes, table, 3, 'small', cells=4)
     circles = [patch for patch in axes.patches if isinstance(patch, Circle)]
     arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
-    assert len(circles) == 3 + len(table)
+    assert len({circle.center for circle in circles}) == len(circles) == 3 + len(table)  # none hides another
     assert len(arrows) == sum(len(inputs) for _, inputs, _ in table) + 3
     texts = [text.get_text() for text in axes.texts]
     assert sorted(texts) == sorted(['P3', 'P4', 'P5'] * 2 + list(map(str, range(len(circles)))) + ['x 4'])
