@@ -22,7 +22,16 @@ os.environ['XLA_FLAGS'] = xla.known_flags(
 )
 hypothesis.settings.register_profile('compiles', deadline=None)  # an example may be the first one of its shape
 hypothesis.settings.load_profile('compiles')
+gc.freeze()  # what was imported stays, and no collection looks at it
 gc.set_threshold(100_000)  # tracing makes many objects and no garbage: a quarter of its time went into looking for it
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What looks at a finished run is slow: that run takes a minute by itself."""
+    for item in items:
+        if 'finished_run' in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope='session')

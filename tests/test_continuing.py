@@ -208,7 +208,6 @@ def test_the_best_checkpoint_is_evaluated_without_the_training_data(folder):
         assert best.metrics['AP'] == max(row['eval/AP'] for row in rows)
 
 
-@pytest.mark.slow
 def test_an_unreadable_evaluation_image_does_not_cost_the_report(two_epochs, folder):
     image = folder / 'data' / 'eval' / '102.png'
     image.write_bytes(image.read_bytes()[:60])

@@ -17,6 +17,8 @@ from experiments.benchmarks import depthwise, gpu, peer_systems, wheels
 from experiments.benchmarks.depthwise import Layer
 from experiments.reliability import resume
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 MACHINE = {'GPU': 'none'}
 
@@ -42,7 +44,6 @@ print('noise', file=sys.stderr)
 """
 
 
-@pytest.mark.slow
 def test_a_part_that_fails_or_takes_too_long_ends_alone(script, tmp_path):
     hangs = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
     parts = [

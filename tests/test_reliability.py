@@ -20,6 +20,8 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 from full_disk import full_disk
+from quick import slow_but
+from tiny import assert_same
 
 from effdet_jax import build, data, train
 from effdet_jax.configs import rules
@@ -88,10 +90,6 @@ def state_of(workdir, step=STEPS):
     return ocp.PyTreeCheckpointer().restore(workdir.absolute() / f'checkpoints/{step}/state')
 
 
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def flat(printed):
     return ' '.join(printed.split())
 
@@ -99,7 +97,7 @@ def flat(printed):
 # Signals.
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', slow_but([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_signal_stops_after_the_step_and_the_command_continues(undisturbed, tmp_path, monkeypatch, number, capfd):
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: os.kill(os.getpid(), number))

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import tiny
-from processes import effdet, printed_by
+from processes import effdet
 
 from effdet_jax import config, reporting
 from effdet_jax.errors import UnreadableError
@@ -172,11 +172,6 @@ def test_the_command_reports_the_best_checkpoint_on_any_split(finished_run, tmp_
     assert 'on 4 images' in ' '.join(' '.join(Reader(out.read_text(encoding='utf-8')).text).split())
     assert not (workdir / 'report.html').exists()
     assert [path.name for path in out.parent.iterdir()] == [out.name]
-
-
-def test_help_does_not_wait_for_jax():
-    code = 'import sys, effdet_jax.commands.report; assert not {"jax", "matplotlib"} & {*sys.modules}'
-    printed_by(code)
 
 
 PROBE = """

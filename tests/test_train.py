@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from tiny import assert_same
 
 from effdet_jax import build, data, evaluate, train
 from effdet_jax import config as run_config
@@ -70,10 +71,6 @@ def final_state(workdir, like):
     restored = checkpoints.restore(tiny.STEPS, like)
     checkpoints.close()
     return restored
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def equal_parts(a, b):
@@ -157,7 +154,6 @@ def test_the_last_checkpoints_are_there_and_the_best(finished_run):
 # Interrupted and started again.
 
 
-@pytest.mark.slow
 def test_a_continued_run_ends_with_the_same_state_to_the_bit(finished_run, continued_run, fresh):
     once, again = (final_state(run[0], fresh) for run in (finished_run, continued_run))
     assert_same(once.state, again.state)
@@ -165,7 +161,6 @@ def test_a_continued_run_ends_with_the_same_state_to_the_bit(finished_run, conti
     assert f'continuing {continued_run[0]} from step {INTERRUPTED_AT - 1} of {tiny.STEPS}' in continued_run[2]
 
 
-@pytest.mark.slow
 def test_a_continued_run_has_the_same_metrics_and_every_step_once(finished_run, continued_run):
     once, again = (
         [
@@ -178,7 +173,6 @@ def test_a_continued_run_has_the_same_metrics_and_every_step_once(finished_run, 
     np.testing.assert_equal(continued_run[1], finished_run[1])
 
 
-@pytest.mark.slow
 def test_the_backbone_is_frozen_for_an_epoch_and_then_trained(finished_run, continued_run, fresh):
     frozen, final = continued_run[3].state, final_state(finished_run[0], fresh).state
     same = {'params/backbone', 'batch_stats/backbone'}
@@ -222,7 +216,6 @@ def test_evaluating_what_is_not_there_is_refused_and_leaves_nothing(tmp_path):
     assert not (tmp_path / 'nowhere').exists()
 
 
-@pytest.mark.slow
 def test_starting_from_its_weights_takes_all_of_them_and_says_so(finished_run, fresh):
     workdir, _, _ = finished_run
     with console.terminal.capture() as printed:

@@ -1,6 +1,7 @@
 """What the tests of training and inference share: a run of eight steps, a few images, a detector of four layers."""
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from effdet_jax import data
@@ -94,3 +95,8 @@ def batch(size, images=4, num_classes=3, seed=0):
         'boxes': corners.reshape(images, 4, 4).astype(np.float32) * (labels_BM >= 0)[..., None],
         'labels': labels_BM.astype(np.int32),
     }
+
+
+def assert_same(a, b):
+    """Equal trees, to the bit."""
+    jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -112,6 +112,7 @@ def test_what_is_wrong_in_a_config_file_is_one_line(body, message, tmp_path):
     assert error.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_a_run_with_a_wrong_value_is_one_line_until_a_flag_corrects_it(tmp_path):
     c = tiny.config()
     c.eval.nms = 'soft'

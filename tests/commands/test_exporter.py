@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tiny
 from processes import printed_by
-from quick import slow_but
 
 import effdet_jax
 from effdet_jax import config as run_config
@@ -66,7 +65,6 @@ def test_an_export_is_a_detector(exported, finished_run):
     assert len(ours(images[0], score=threshold)) == 4
 
 
-@pytest.mark.slow
 def test_it_runs_where_jax_and_numpy_are_alone(exported, finished_run, tmp_path):
     image = tiny.ManySizes(3)[2].image
     np.save(tmp_path / 'image.npy', image)
@@ -103,7 +101,7 @@ def test_the_file_says_what_it_is(exported):
     assert [i['name'] for i in metadata['inputs']] == ['pixels', 'sizes', 'score', 'iou', 'sigma']
 
 
-@pytest.mark.parametrize('outputs', slow_but(['boxes', 'raw'], 'boxes'))
+@pytest.mark.parametrize('outputs', ['boxes', 'raw'])
 def test_what_differs_is_refused_and_leaves_nothing(outputs, finished_run, tmp_path, monkeypatch):
     make = getattr(exporter, f'{outputs}_program')
     monkeypatch.setattr(exporter, f'{outputs}_program', lambda *arguments: _skewed(make(*arguments)))
@@ -122,7 +120,6 @@ def _skewed(program):
     return program._replace(function=function)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('outputs', ['boxes', 'raw'])
 def test_a_bfloat16_run_is_exported_in_float32(outputs, finished_run, tmp_path, capsys):
     shutil.copytree(finished_run[0], workdir := tmp_path / 'run')
@@ -184,7 +181,6 @@ def test_a_converter_that_fails_is_one_line(finished_run, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_a_saved_model_agrees(finished_run, tmp_path):
     pytest.importorskip('tensorflow', reason='requirements-tensorflow.txt is not installed')
     exporter.export(finished_run[0], tmp_path / 'model', 'savedmodel', 'boxes', batch=4)
@@ -192,7 +188,6 @@ def test_a_saved_model_agrees(finished_run, tmp_path):
     assert metadata['inputs'][1]['shape'] == [4, 2]
 
 
-@pytest.mark.slow
 def test_onnx_agrees_and_its_depthwise_convolutions_are_grouped(finished_run, tmp_path):
     skip_without_jax2onnx()
     onnx = pytest.importorskip('onnx')

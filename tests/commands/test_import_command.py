@@ -42,14 +42,6 @@ def workdir(source):
     return workdir
 
 
-def test_help():
-    code, out, _ = start('import-weights', '--help')
-    assert code == 0
-    assert 'python -m effdet_jax import-weights --config=configs/d0.py --source=FILE' in out
-    for flag in ('--source', '--workdir', '--preset', '--[no]allow', '--certify'):
-        assert flag.replace('--[no]', '--') in out
-
-
 def test_the_work_directory_says_what_it_is(workdir, source):
     assert {path.name for path in workdir.iterdir()} == {'config.json', 'import.json', 'checkpoints'}
     config = json.loads((workdir / 'config.json').read_text())

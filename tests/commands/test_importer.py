@@ -166,6 +166,7 @@ def test_all_problems_are_listed_and_counted(tmp_path, refused, capsys):
     assert 'box_net/predict/pw/bias' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_missing_biases_are_explained(tmp_path, refused):
     arrays = imports.torch_arrays()
     redundant = [name for name in arrays if name.endswith('.conv_pw.bias') and 'predict' not in name]

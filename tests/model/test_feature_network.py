@@ -229,7 +229,7 @@ def shapes_of(model, features):
     return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, False), features)
 
 
-@pytest.mark.parametrize('max_level', [7, 8])
+@pytest.mark.parametrize('max_level', slow_but([7, 8], 7))
 @pytest.mark.parametrize(('fusion', 'size'), [('sum', (1, 1)), ('fast', (13, 22)), ('softmax', (33, 9))])
 @pytest.mark.parametrize('name', FEATURE_NETWORKS)
 def test_every_level_keeps_its_size(name, fusion, size, max_level):

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from full_disk import full_disk
 from processes import printed_by
+from quick import slow_but
 
 from effdet_jax.errors import UserError
 from effdet_jax.records import console
@@ -234,7 +235,7 @@ def files_of_newest(workdir):
     )
 
 
-@pytest.mark.parametrize('part', [0.0, 0.5, 1.0], ids=['emptied', 'half', 'but for a byte'])
+@pytest.mark.parametrize('part', slow_but([0.0, 0.5, 1.0], 0.5))
 def test_whatever_file_is_truncated_only_whole_states_are_restored(two_saved, tmp_path, part):
     """The step of the checkpoint decides which one it was: of the state of step s the seed is s."""
     set_aside = set()

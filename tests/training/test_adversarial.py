@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import assert_same
 
 from effdet_jax import build, model, train
 from effdet_jax.configs import default, rules
@@ -60,10 +61,6 @@ def one_step(frozen=False, **changes):
 
 def assert_close(a, b, rtol=1e-4, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def layers_of(variables):

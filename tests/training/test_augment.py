@@ -106,6 +106,7 @@ def test_of_each_image_by_itself_with_the_probability_asked_for():
     assert abs(painted.all(axis=1).mean() - 0.3) < 3 * (0.3 * 0.7 / 2000) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('images', [4, 8])  # one and two on each of four devices: groups span four and two of them
 def test_four_devices_augment_as_one_does(images, all_on):
     b = {field: batch(images)[field] for field in FIELDS}

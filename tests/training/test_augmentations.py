@@ -70,6 +70,7 @@ def test_boxes_move_with_their_pixels(operation):
     assert unmoved.all()  # at magnitude 0, to the bit
 
 
+@pytest.mark.slow
 def test_uncovered_places_are_filled_and_several_layers_move_the_pixels_once():
     sample = Sample(jnp.full((8, 8, 3), 200, jnp.uint8), jnp.zeros((1, 4)), jnp.array([-1]), jnp.array([8, 6]))
     moved = np.asarray(geometry.warp(sample, jnp.eye(2), jnp.array([2.0, -1.0]), FILL).image)

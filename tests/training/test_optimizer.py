@@ -8,6 +8,7 @@ import pytest
 from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import assert_same
 
 from effdet_jax.configs import default
 from effdet_jax.configs.recipes import RECIPES
@@ -58,10 +59,6 @@ def descend(optimizer, params=PARAMS, gradients=GRADIENTS):
 
 def descend_with(config, params=PARAMS, gradients=GRADIENTS):
     return descend(op.make_optimizer(config, STEPS_PER_EPOCH, 8)[0], params, gradients)
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def assert_close(a, b):

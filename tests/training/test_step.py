@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from quick import slow_but
+from tiny import assert_same
 
 from effdet_jax.configs import default
 from effdet_jax.detection import assignment, boxes, losses
@@ -100,10 +102,6 @@ def assert_close(a, b, rtol=1e-4, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def moved(before, after):
     return [
         path
@@ -180,7 +178,7 @@ POISONS = {
 }
 
 
-@pytest.mark.parametrize('parts', [1, 2])
+@pytest.mark.parametrize('parts', slow_but([1, 2], 1))
 @pytest.mark.parametrize('poison', POISONS)
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(monkeypatch, poison, parts):
     """One image of four is enough. The next step learns as if it had not been."""
@@ -231,6 +229,7 @@ def flipped(batch, which):
     return batch
 
 
+@pytest.mark.slow
 def test_each_image_is_flipped_or_not_by_seed_and_step(plain):
     """The loss is that of one of the 16 ways to flip four images; seed and step alone say of which."""
     _, step = make(recipe())
@@ -306,6 +305,7 @@ def test_accumulation_in_parts_is_one_step_where_batch_norm_is_frozen():
     assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulation_adds_the_gradients_of_the_parts():
     """All divided by the positives of the whole batch; the statistics are the mean of the parts'."""
     state, step = make(recipe(**{'train.gradient_accumulation_steps': 2, 'loss.l2': 0.0}))

@@ -28,6 +28,7 @@ def lite0(tmp_path_factory):
     return config, file, golden
 
 
+@pytest.mark.slow
 def test_the_official_network_is_certified(lite0, tmp_path, capsys):
     config, file, golden = lite0
     workdir = tmp_path / 'imported'

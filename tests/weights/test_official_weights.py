@@ -18,7 +18,7 @@ OFFICIAL_VARIABLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', slow_but(['d0', 'd3', 'd7x', 'lite0'], 'd0', 'lite0'))
+@pytest.mark.parametrize('name', slow_but(['d0', 'd3', 'd7x', 'lite0'], 'd0'))
 def test_official_weights_give_the_official_outputs(name):
     golden = goldens.load(f'network_{name}')
     config = default.get_config(name).model
