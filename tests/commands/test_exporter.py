@@ -69,7 +69,7 @@ def test_it_runs_where_jax_and_numpy_are_alone(exported, finished_run, tmp_path)
     image = tiny.ManySizes(3)[2].image
     np.save(tmp_path / 'image.npy', image)
     shutil.copy(exported, tmp_path / 'd3.zip')
-    printed = printed_by(ALONE, cwd=tmp_path, PYTHONPATH='')
+    printed = printed_by(ALONE, cwd=tmp_path, PYTHONPATH=None)
     found, expected = np.load(tmp_path / 'found.npz'), Detector.load(finished_run[0])(image)
     np.testing.assert_allclose(found['boxes'], expected.boxes_xyxy, atol=1e-3)
     np.testing.assert_allclose(found['scores'], expected.scores, atol=1e-5)
