@@ -272,6 +272,7 @@ def test_building_a_run_reads_every_key_but_one_that_is_not_ours(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_ends_training_with_its_name(tmp_path):
     (tmp_path / 'broken.png').write_bytes(b'\x89PNG\r\n\x1a\n and no more')
     (tmp_path / 'boxes.csv').write_text('image,xmin,ymin,xmax,ymax,label\nbroken.png,1,1,9,9,star\n')

@@ -511,6 +511,7 @@ def released(folder):
     return containers.released(folder, writers.to_tensorflow(layers, writers.draw(layers), 'keras'))
 
 
+@pytest.mark.slow
 def test_advprop_by_the_folder_of_the_archive(tmp_path, capsys):
     importer.import_weights(config := b0(), released(tmp_path / 'advprop'), tmp_path / 'imported')
     assert (config.image.mean, config.image.padding) == ((127.5,) * 3, -1.0)
@@ -521,6 +522,7 @@ def test_advprop_by_the_folder_of_the_archive(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_it_is_asked_where_nothing_tells(tmp_path, refused):
     source = released(tmp_path / 'downloads')
     refused(source, r'plain or AdvProp weights\?.* add --preset=official, or --preset=official-advprop', b0())

@@ -76,6 +76,7 @@ def test_upsampling_floors_the_ratio():
     np.testing.assert_array_equal(layers.upsample_nearest(rows(range(4)), 7, 1)[0, :, 0, 0], [0, 0, 1, 1, 2, 2, 3])
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.tuples(*[st.integers(1, 5)] * 2), st.tuples(*[st.integers(0, 1)] * 2))
 def test_upsampling_equals_indexing(size, odd):

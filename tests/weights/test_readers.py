@@ -106,6 +106,7 @@ def test_archives(fill, message, mode, tmp_path):
     assert [path.name for path in tmp_path.rglob('*')] == ['d0.tar']
 
 
+@pytest.mark.slow
 def test_where_in_an_archive_the_checkpoint_lies(tmp_path):
     contents = readers.read(source := containers.released(tmp_path, ARRAYS))
     assert (contents.format, contents.path) == ('tensorflow', source / 'efficientdet-d0' / 'model')
