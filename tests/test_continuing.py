@@ -155,7 +155,10 @@ def test_data_that_moved_continue_where_they_are_named(folder):
 
 @pytest.mark.parametrize(
     ('images', 'first', 'told'),
-    [(8, 0, '16 images then, 8 now'), (IMAGES, 50, '16 images, but other files, boxes or labels')],
+    [
+        (8, 0, '16 images then, 8 now'),
+        pytest.param(IMAGES, 50, '16 images, but other files, boxes or labels', marks=pytest.mark.slow),
+    ],
 )
 def test_data_that_changed_are_refused_and_accepted_by_their_fingerprint(folder, images, first, told):
     spec = write_images(folder / 'data' / 'train', images, first)

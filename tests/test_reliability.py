@@ -155,6 +155,7 @@ def test_a_run_does_not_start_where_nothing_can_be_written(tmp_path):
         train.train_and_evaluate(config(), tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_two_steps_and_no_more(undisturbed, tmp_path):
     workdir = shutil.copytree(undisturbed, tmp_path / 'run')
     for array in (workdir / f'checkpoints/{STEPS}/state/d').iterdir():

@@ -49,6 +49,7 @@ def test_inference_is_measured_at_every_stage_and_batch_size(config):
     assert printed.count('\n| ') == len(rows) + 1 and 'median of 2 blocks' in printed
 
 
+@pytest.mark.slow
 def test_the_training_step_is_measured_and_traced(config, tmp_path):
     (row,) = benchmarker.train(config, repeats=2, profile=tmp_path)
     macs = sum(cost.macs for cost in cost_of_parts(tiny.toy(CLASSES), (64, 64)).values())

@@ -157,6 +157,7 @@ def test_every_fault_of_a_coco_file_is_told_at_once(csv_files, tmp_path):
     assert kinds(found)['train'] == {'malformed_annotation', 'unsafe_path', 'unknown_label'}
 
 
+@pytest.mark.slow
 def test_drawn_pictures_have_no_faults_and_a_sample_says_nothing_of_classes():
     c = config('shapes', '0:300', '1000:1002')
     assert kinds(inspection.inspect(c))['train'] <= {'unmatched_object'}

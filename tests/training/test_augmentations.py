@@ -105,6 +105,7 @@ def test_a_mosaic_shows_each_box_where_its_pixels_are():
     assert (np.diff((mosaics.boxes[..., 2:] - mosaics.boxes[..., :2]).prod(axis=-1)) <= 0).all()  # the largest first
 
 
+@pytest.mark.slow
 def test_every_picture_is_in_every_mosaic_and_other_groups_are_not():
     pool = rectangles(8, COLORS)
     levels = jnp.arange(8, dtype=jnp.uint8)[:, None, None, None] * jnp.ones((HEIGHT, WIDTH, 3), jnp.uint8)

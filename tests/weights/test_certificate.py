@@ -112,6 +112,7 @@ def test_another_output_is_refused_and_nothing_written(name, change, message, sm
     assert not (tmp_path / 'imported').exists()
 
 
+@pytest.mark.slow
 def test_a_certificate_of_layers(small, tmp_path):
     _, _, images, outputs = small
     np.savez(reference := tmp_path / 'reference.npz', image=images, **outputs)
