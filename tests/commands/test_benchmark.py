@@ -45,7 +45,7 @@ def test_inference_is_measured_at_every_stage_and_batch_size(config):
     macs = sum(cost.macs for cost in cost_of_parts(tiny.toy(CLASSES), (64, 64)).values())
     for row in rows:
         agrees(row, 2 * macs * row['batch'])
-    printed = speed_tables.report(speed_tables.settings(config, 'infer'), json.loads(json.dumps(rows)))
+    printed = speed_tables.to_markdown(speed_tables.settings(config, 'infer'), json.loads(json.dumps(rows)))
     assert printed.count('\n| ') == len(rows) + 1 and 'median of 2 blocks' in printed
 
 
@@ -60,7 +60,7 @@ def test_the_training_step_is_measured_and_traced(config, tmp_path):
 def test_the_input_is_measured_stage_by_stage(config, monkeypatch):
     monkeypatch.setattr(benchmarker.data, 'stage_rates', lambda source, **options: {'decode': 500.0, 'boxes': 1e5})
     rows = list(benchmarker.read(config))
-    assert '500.0' in speed_tables.report(speed_tables.settings(config, 'data'), rows)
+    assert '500.0' in speed_tables.to_markdown(speed_tables.settings(config, 'data'), rows)
 
 
 def test_starts_are_told_by_phase(config, monkeypatch):
@@ -69,7 +69,7 @@ def test_starts_are_told_by_phase(config, monkeypatch):
     assert [(row['what'], row['cache']) for row in rows] == [
         ('imports', 'cold'), ('all', 'cold'), ('imports', 'warm'), ('all', 'warm')
     ]  # fmt: skip
-    assert 'median of 2 starts' in speed_tables.report(speed_tables.settings(config, 'startup'), rows)
+    assert 'median of 2 starts' in speed_tables.to_markdown(speed_tables.settings(config, 'startup'), rows)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_an_export_is_a_detector(exported, finished_run):
     original, ours = Detector.load(finished_run[0]), Detector.load(exported, batch_size=2)
     assert (ours.class_names, ours.category_ids) == (original.class_names, original.category_ids)
     assert len(ours(images)[3]) == 10
-    assert not exporter.compare_detections(original(images), ours(images), 0.001, 10).alone
+    assert not exporter.compare_detections(original(images), ours(images), 0.001, 10).unmatched
     threshold = float(ours(images[0]).scores[4])
     assert len(ours(images[0], score=threshold)) == 4
 
@@ -207,7 +207,7 @@ A, B = ([0, 0, 10, 10], 0.5, 0), ([50, 0, 60, 10], 0.5, 0)
 
 
 def alone(theirs, ours, most=100):
-    return exporter.compare_detections([theirs], [ours], 0.001, most).alone
+    return exporter.compare_detections([theirs], [ours], 0.001, most).unmatched
 
 
 def test_ties_may_change_places():

@@ -20,14 +20,7 @@ from effdet_jax import data
 from effdet_jax.data import shapes
 from effdet_jax.errors import UserError, explaining_write_errors
 from effdet_jax.inference import Detections, Detector
-from effdet_jax.inference.detector import (
-    BOXES,
-    Thresholds,
-    detector_of,
-    image_anchors,
-    make_detect_pixels,
-    make_raw,
-)
+from effdet_jax.inference.detector import BOXES, Thresholds, detector_of, image_anchors, make_detect_pixels, make_raw
 from effdet_jax.inference.formats import FORMATS, Input, Program, Run
 from effdet_jax.model import build_model
 from effdet_jax.model.batch_norm import fold
