@@ -75,7 +75,7 @@ def test_another_member_of_the_family(tmp_path, refused):
     source = imports.file(tmp_path, imports.torch_arrays(layers, writers.draw(layers)))
     config = imports.config(writers.Member('b0', 64, 3, 3, weighted=True), class_names=())
     message = refused(
-        source, r'does not fit small: 346 unfit, 192 spare, the first is box_net/bn_0_p3/mean \(box_net\.bn_rep', config
+        source, r'does not fit small: 346 mismatched, 192 unexpected; the first is box_net/bn_0_p3/mean \(box_net\.bn_rep', config
     )
     assert message.endswith('give --config=configs/d1.py')
 
@@ -101,7 +101,7 @@ def test_a_backbone_of_another_size(tmp_path, refused):
     source = imports.file(tmp_path, {name.removeprefix('backbone.'): array for name, array in arrays.items()})
     refused(
         source,
-        r'another model: 23 blocks .* give --config=configs/d1.py or --config=configs/d2.py',
+        r'another model .23 blocks .* give --config=configs/d1.py or --config=configs/d2.py',
         imports.config(writers.Member('b0')),
     )
 
@@ -185,7 +185,7 @@ def test_missing_biases_are_explained(tmp_path, refused):
 def test_another_number_of_classes(tmp_path, refused):
     source = imports.file(tmp_path)
     config = imports.config(class_names=('a', 'b', 'c'))
-    message = refused(source, r'2 unfit, the first is class_net/predict/pw/', config)
+    message = refused(source, r'2 mismatched; the first is class_net/predict/pw/', config)
     assert message.endswith('It has 5 classes, the config 3: for a new predictor add --allow=class_net/predict')
     workdir = tmp_path / 'allowed'
     variables, account = imported(
@@ -228,9 +228,9 @@ def test_90_classes_are_cocos(tmp_path):
     [
         (without, '^class_net/predict/pw/kernel', 'missing'),
         (without, r'class_net\.predict\.conv_pw', 'missing'),  # their name serves as well
-        (with_one_more, 'conv_pw.scale', 'spare'),
-        (transposed, 'predict/pw/kernel', 'unfit'),
-        (not_finite, 'predict/pw/kernel', 'unfit'),
+        (with_one_more, 'conv_pw.scale', 'unexpected'),
+        (transposed, 'predict/pw/kernel', 'mismatched'),
+        (not_finite, 'predict/pw/kernel', 'mismatched'),
     ],
 )
 def test_a_named_tensor_is_allowed_and_accounted_for(spoil, pattern, kind, tmp_path):

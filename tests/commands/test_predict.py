@@ -126,7 +126,7 @@ def test_the_video_keeps_its_size_and_frame_rate(run):
     video = open_video(run.folder / 'clip.mp4.mp4')
     assert (video.height, video.width, video.frame_rate) == (60, 90, FRAME_RATE)
     assert len(list(video.frames())) == FRAMES
-    assert f'{FRAMES} frames, 12.5 a second, detected at ' in run.out
+    assert f'{FRAMES} frames at 12.5 frames/s, detected at ' in run.out
 
 
 def test_results_in_a_video_have_the_number_of_their_frame(run):

@@ -100,5 +100,5 @@ def test_views_are_checked():
     assert Augmentation(flip=True).flips == (False, True)
     with pytest.raises(UserError, match=r'each in 0\.1 \.\. 10'):
         Augmentation(scales=(0.0,))
-    with pytest.raises(UserError, match="'soft' is unknown: choose one of wbf, nms"):
+    with pytest.raises(UserError, match="unknown merge 'soft': choose one of wbf, nms"):
         Augmentation(merge='soft')

@@ -43,7 +43,7 @@ def ours():
 
 
 def read(source, shapes, member):
-    """(our variables, what they were recognised as); nothing may be missing, spare or of another shape."""
+    """(our variables, what they were recognised as); none may be missing, unexpected or mismatched."""
     found = families.recognise(readers.read(source).arrays)
     wanted = {path: shape for path, shape in shapes.items() if found.is_detector or path[1] == 'backbone'}
     matched = names.match_weights(found.arrays, wanted, member.backbone, found.scheme)
