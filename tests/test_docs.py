@@ -32,8 +32,8 @@ PARSE = """
 import json, os, sys
 from effdet_jax import __main__
 from effdet_jax.commands import cli
-def parse(main, required=()):
-    cli._parse(sys.argv, required)
+def parse(main, *arguments, **options):
+    cli.parse(sys.argv, *arguments, **options)
     os._exit(0)
 cli.run = parse
 refused = []

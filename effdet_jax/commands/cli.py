@@ -102,8 +102,8 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = (), *, 
     `required`: names of flags that must be given. `positional`: whether the command takes arguments that are no flags.
     """
     process.use_huge_pages()  # first, because it starts the command again
-    parse = functools.partial(_parse, required=required, positional=positional)
-    app.run(functools.partial(_main, main), flags_parser=parse)
+    parser = functools.partial(parse, required=required, positional=positional)
+    app.run(functools.partial(_main, main), flags_parser=parser)
 
 
 def _main(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
@@ -128,7 +128,8 @@ def _set_verbosity() -> None:
         os.environ.setdefault('JAX_LOG_COMPILES', '1')  # read when jax is imported, which no command has done yet
 
 
-def _parse(argv: Sequence[str], required: Sequence[str], positional: bool) -> Sequence[str]:
+def parse(argv: Sequence[str], required: Sequence[str] = (), *, positional: bool = False) -> Sequence[str]:
+    """The arguments that are no flags. Sets the flags, checks the config, and ends the process on bad usage."""
     if any(argument == '-h' or argument.startswith(('--help', '-help')) for argument in argv):
         print(_help(sys.modules['__main__'].__doc__ or '', argv[0], required))
         sys.exit(0)
@@ -159,7 +160,7 @@ def _reason(error: Exception) -> str:
     if error.args and isinstance(error.args[0], Exception):  # ml_collections wraps what it raises
         error = error.args[0]
     reason = str(error.args[0] if isinstance(error, KeyError) else error).strip()
-    from effdet_jax.configs import rules  # imported late, as in `_parse`
+    from effdet_jax.configs import rules  # imported late, as in `parse`
 
     wrong = re.match(r'flag --config\.([\w.]+)=(.*?): ', reason, re.DOTALL)
     if wrong and wrong[1] in rules.RULES:  # the text does not parse as the type of the key

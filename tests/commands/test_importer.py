@@ -75,7 +75,9 @@ def test_another_member_of_the_family(tmp_path, refused):
     source = imports.file(tmp_path, imports.torch_arrays(layers, writers.draw(layers)))
     config = imports.config(writers.Member('b0', 64, 3, 3, weighted=True), class_names=())
     message = refused(
-        source, r'does not fit small: 346 mismatched, 192 unexpected; the first is box_net/bn_0_p3/mean \(box_net\.bn_rep', config
+        source,
+        r'does not fit small: 346 mismatched, 192 unexpected; the first is box_net/bn_0_p3/mean \(box_net\.bn_rep',
+        config,
     )
     assert message.endswith('give --config=configs/d1.py')
 

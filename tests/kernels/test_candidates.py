@@ -16,6 +16,7 @@ ANCHORS, CLASSES = 30, 4
 VALID_SIZE = np.array([25, 18])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('few', [10, 60])
 @pytest.mark.parametrize('per_class', [True, False])
 @pytest.mark.parametrize('kind', ['hard', 'gaussian'])
