@@ -22,7 +22,8 @@ from effdet_jax.configs.recipes import RECIPES
 from effdet_jax.configs.scaling import SCALES
 
 ROOT = Path(__file__).parents[1]
-PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
+FILES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in FILES}
 KEYS = dict(flatten(default.get_config('d0').to_dict()))
 CODE = re.compile(r'`([^`\n]+)`')
 
@@ -107,7 +108,9 @@ def test_commands_are_accepted(page, tmp_path):
     assert json.loads(done.stdout) == [], done.stderr
 
 
-@pytest.mark.parametrize('page', PAGES.keys() - {'docs/reference.md'})  # which also names keys of the official code
+@pytest.mark.parametrize(
+    'page', sorted(PAGES.keys() - {'docs/reference.md'})
+)  # which also names keys of the official code
 def test_config_keys_exist(page):
     shown = ' '.join(CODE.findall(PAGES[page]))
     for key in re.findall(r'(?<![\w.])config\.(?!json|py)([a-z_.0-9]*\w)', shown):
