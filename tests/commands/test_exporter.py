@@ -302,9 +302,9 @@ def test_where_nms_amplifies_rounding_an_export_may_differ_as_the_original_does(
 @pytest.mark.parametrize(
     ('wrong', 'message'),
     [
-        (dict(boxes=1.5), 'differs from the original, before NMS: a with score .* pixels and'),
+        (dict(boxes=1.5), 'differs from the original before NMS: a with score .* pixels and'),
         (dict(sigma=1.1), r'differs from the original: a .*; \d+ detections differ, but only \d+ if the weights'),
-        (dict(weights=0.01), 'differs from the original, before NMS'),
+        (dict(weights=0.01), 'differs from the original before NMS'),
     ],
 )
 def test_that_does_not_excuse_another_program(wrong, message, monkeypatch):

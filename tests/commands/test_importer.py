@@ -75,9 +75,7 @@ def test_another_member_of_the_family(tmp_path, refused):
     source = imports.file(tmp_path, imports.torch_arrays(layers, writers.draw(layers)))
     config = imports.config(writers.Member('b0', 64, 3, 3, weighted=True), class_names=())
     message = refused(
-        source,
-        r'does not fit small: 346 mismatched, 192 unexpected; the first is box_net/bn_0_p3/mean \(box_net\.bn_rep',
-        config,
+        source, r'small: 346 mismatched, 192 unexpected; the first is box_net/bn_0_p3/mean \(box_net\.bn_rep', config
     )
     assert message.endswith('give --config=configs/d1.py')
 
@@ -140,19 +138,13 @@ def infinite(arrays):
     ('spoil', 'message'),
     [
         (without, rf'1 missing; the first is class_net/predict/pw/kernel \(the file has no {KERNEL}\)'),
-        (
-            with_one_more,
-            r'1 unexpected; the first is class_net\.predict\.conv_pw\.scale \(the model has no such tensor\)',
-        ),
+        (with_one_more, r'1 unexpected; the first is class_net\.predict\.conv_pw\.scale \(the model has no such'),
         (with_a_block_more, r'1 unexpected; the first is backbone\.blocks\.6\.1\.conv_pw\.weight'),
         (
             transposed,
             rf'1 mismatched; the first is class_net/predict/pw/kernel \({KERNEL} has shape \(1, 1, 45, 16\), expected',
         ),
-        (
-            transposed_bias,
-            r'1 mismatched; the first is backbone/stem/bn/scale \(backbone\.bn1\.weight has shape \(1, 32\)',
-        ),
+        (transposed_bias, r'1 mismatched; .* backbone/stem/bn/scale \(backbone\.bn1\.weight has shape \(1, 32\)'),
         (not_finite, rf'1 mismatched; .* \({KERNEL} contains NaN or infinity\)'),
         (infinite, r'1 mismatched; the first is resample_p6/bn/var \(.* NaN or infinity\)'),
     ],
@@ -519,9 +511,7 @@ def test_advprop_by_the_folder_of_the_archive(tmp_path, capsys):
     assert (config.image.mean, config.image.padding) == ((127.5,) * 3, -1.0)
     assert config.model.anchors.aspect_ratios == (1.0, 2.0, 0.5)
     said = ' '.join(capsys.readouterr().out.split())
-    assert (
-        'preset official-advprop, because the path contains advprop; if that is wrong, give --preset=official' in said
-    )
+    assert 'preset official-advprop, because the path contains advprop; if that is wrong, give --preset=' in said
 
 
 @pytest.mark.slow

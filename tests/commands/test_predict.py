@@ -315,10 +315,7 @@ def test_every_format_that_can_be_read_is_found_and_the_rest_is_named(tmp_path, 
     first = ', '.join(f'{tmp_path}/{name}' for name in ('.DS_Store', 'a.HEIC', 'b.txt'))
     assert capsys.readouterr().out == f'note: 5 skipped, no images or videos by their suffix: {first}, ...\n'
     assert predict.find_files([f'{tmp_path}/c'], OUT) == {tmp_path / 'c': 'c'}  # given by itself: as an image
-    with pytest.raises(
-        UserError,
-        match=r'no image or video in \S+; 1 skipped, .* suffix: \S+HEIC: give files with one of the suffixes \.jpg ',
-    ):
+    with pytest.raises(UserError, match=r'no image or video in \S+; 1 skipped, .* suffix: \S+HEIC: give .* \.jpg '):
         predict.find_files([f'{tmp_path}/*.HEIC'], OUT)
 
 

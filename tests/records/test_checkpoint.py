@@ -368,9 +368,7 @@ def test_a_full_disk_costs_no_checkpoint_and_the_next_save_tries_again(tmp_path)
 
 def test_a_run_that_cannot_save_at_all_ends(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    message = (
-        r'the first checkpoint, of step 7, could not be written \(.*File too large\): free up space on the disk of'
-    )
+    message = r'the first checkpoint, of step 7, could not be written \(.*File too large\): free up space on the'
     with full_disk(10), pytest.raises(UserError, match=message):
         save(checkpoints, 7)
         checkpoints.check(wait=True)

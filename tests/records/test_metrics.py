@@ -90,9 +90,7 @@ def test_a_full_disk_ends_no_log_and_nothing_is_missing_once_there_is_room(tmp_p
     steps = [event.step for event in read_events(tmp_path / 'tensorboard') if event.summary.value and event.step]
     assert steps == [1, 2, 2, 1, 3, 3, 1, 4]
     out = capsys.readouterr().out
-    assert (
-        f'WARNING: the log in {tmp_path} cannot be written (File too large): training goes on, and the missing' in out
-    )
+    assert f'WARNING: the log in {tmp_path} cannot be written (File too large): training goes on, and the' in out
 
 
 def test_incidents_behind_the_step_to_continue_from_are_forgotten(tmp_path):

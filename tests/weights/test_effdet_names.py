@@ -24,9 +24,8 @@ def test_every_key_has_its_place_and_every_place_its_key(name, keys, shapes):
     # Arrays without memory: only their shapes matter.
     found = families.recognise({key: np.broadcast_to(np.float32(0), shape) for key, shape in theirs.items()})
     assert found.unused.keys() == {key for key in theirs if key.endswith(COUNTER)}
-    matched = names.match_weights(
-        found.arrays, traverse_util.flatten_dict(shapes(name)), SCALES[name].backbone, found.scheme
-    )
+    wanted = traverse_util.flatten_dict(shapes(name))
+    matched = names.match_weights(found.arrays, wanted, SCALES[name].backbone, found.scheme)
     assert (matched.missing, matched.mismatched, matched.unexpected) == ({}, {}, [])
     assert sorted(key for every in matched.names.values() for key in every) == sorted(theirs.keys() - found.unused)
 
