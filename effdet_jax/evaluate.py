@@ -20,7 +20,7 @@ from effdet_jax.runtime import devices
 SUMMARY = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'VOC07_AP50', 'VOC_AP50')
 
 
-class Evaluated(NamedTuple):
+class ImageResult(NamedTuple):
     """The detections in one image. error: why it could not be read; '' if it could."""
 
     annotations: data.Annotations
@@ -28,7 +28,7 @@ class Evaluated(NamedTuple):
     error: str = ''
 
 
-Found = dict[int, Evaluated]  # by index into the source
+Results = dict[int, ImageResult]  # by index into the source
 
 
 class BestEvaluation(NamedTuple):
@@ -37,7 +37,7 @@ class BestEvaluation(NamedTuple):
     step: int
     source: data.Source
     metrics: dict[str, float]
-    found: Found
+    results: Results
 
 
 def evaluate_best(config: Any, workdir: Path) -> dict[str, float]:
@@ -62,8 +62,8 @@ def best_evaluation(config: Any, workdir: Path) -> BestEvaluation:
     inspection.check_sources(config, {'eval': source})
     info(f'evaluating {workdir}, step {step}, on {len(source)} images')
     detect = devices.map_devices(make_detect(config, build_model(config.model, len(source.class_names))))
-    metrics, found = make_evaluate(config, source, detect)(devices.replicate(variables))
-    return BestEvaluation(step, source, metrics, found)
+    metrics, results = make_evaluate(config, source, detect)(devices.replicate(variables))
+    return BestEvaluation(step, source, metrics, results)
 
 
 def remember_classes(config: Any, source: data.Source, category_ids: Sequence[int]) -> None:
@@ -75,7 +75,7 @@ def remember_classes(config: Any, source: data.Source, category_ids: Sequence[in
 
 def make_evaluate(
     config: Any, source: data.Source, detect: Callable
-) -> Callable[[Any], tuple[dict[str, float], Found]]:
+) -> Callable[[Any], tuple[dict[str, float], Results]]:
     """Returns `evaluate(variables)` -> (metrics, detections by image). `detect` is mapped, `variables` are replicated.
 
     Metrics are named AP, AP50, ..., VOC_AP50, AP/<class>. Boxes are in pixels of the original images. An image that
@@ -91,31 +91,31 @@ def make_evaluate(
     max_unreadable = config.dataset.max_unreadable_fraction
     num_batches = -(-len(source) // c.batch_size)
 
-    def evaluate(variables: Any) -> tuple[dict[str, float], Found]:
+    def evaluate(variables: Any) -> tuple[dict[str, float], Results]:
         host, num_hosts = devices.host()
         batches = data.eval_batches(
             source, image_size=image_size, batch_size=batch_size, host=host, num_hosts=num_hosts, threads=threads,
             prefetch=prefetch,
         )  # fmt: skip
-        mine: Found = {}
+        mine: Results = {}
         for batch in track(batches, num_batches, 'evaluating'):
             arrays = devices.shard({'image': batch.image, 'valid_size': batch.valid_size})
-            found = devices.unshard(detect(variables, arrays['image'], arrays['valid_size']))
-            boxes_xyxy, scores, labels = to_original(found, batch.image_scale)
+            detected = devices.unshard(detect(variables, arrays['image'], arrays['valid_size']))
+            boxes_xyxy, scores, labels = to_original(detected, batch.image_scale)
             for i, annotations in enumerate(batch.annotations):  # padding comes last and has none
                 used = (labels[i] >= 0) & (batch.errors[i] == '')
                 detections = Detections(boxes_xyxy[i][used], scores[i][used], labels[i][used])
-                mine[int(batch.index[i])] = Evaluated(annotations, detections, batch.errors[i])
+                mine[int(batch.index[i])] = ImageResult(annotations, detections, batch.errors[i])
         everything = {index: image for part in devices.gather_objects(mine) for index, image in part.items()}
-        found = dict(sorted(everything.items()))
-        errors = [image.error for image in found.values() if image.error]
+        results = dict(sorted(everything.items()))
+        errors = [image.error for image in results.values() if image.error]
         for error in errors:
             warn(f'counted as an image without detections: {error}')
         data.check_unreadable(errors, len(source), max_unreadable)
-        truths = [to_ground_truth_xyxy(image.annotations) for image in found.values()]
-        detections = [image.detections for image in found.values()]
+        truths = [to_ground_truth_xyxy(image.annotations) for image in results.values()]
+        detections = [image.detections for image in results.values()]
         metrics = coco_metrics(truths, detections, names) | voc_metrics(truths, detections, names)
-        return metrics | {'images_unreadable': float(len(errors))}, found
+        return metrics | {'images_unreadable': float(len(errors))}, results
 
     return evaluate
 
@@ -126,10 +126,10 @@ def to_ground_truth_xyxy(annotations: data.Annotations) -> GroundTruth:
     return GroundTruth(a.boxes_yxyx[:, [1, 0, 3, 2]], a.labels, a.areas, a.is_crowd, a.is_difficult)
 
 
-def draw(source: data.Source, found: Found, count: int) -> dict[str, np.ndarray]:
+def draw(source: data.Source, results: Results, count: int) -> dict[str, np.ndarray]:
     """Draws detections beside ground truth for the first `count` readable images: {image name: RGB}."""
     drawn = {}
-    for index, image in found.items():
+    for index, image in results.items():
         if len(drawn) == count:
             break
         try:

@@ -40,7 +40,7 @@ def main(_: Sequence[str]) -> None:
     with devices.failing_together():
         metrics = run(CONFIG.value, workdir)
     if metrics:  # none if the run was stopped by a signal
-        train.report(metrics, workdir)
+        train.print_summary(metrics, workdir)
 
 
 def default_workdir(config: str) -> Path:

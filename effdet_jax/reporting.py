@@ -15,7 +15,7 @@ from effdet_jax import data
 from effdet_jax.configs import default
 from effdet_jax.configs.scaling import SCALES
 from effdet_jax.errors import UnreadableError
-from effdet_jax.evaluate import Found, to_ground_truth_xyxy
+from effdet_jax.evaluate import Results, to_ground_truth_xyxy
 from effdet_jax.evaluation import Detections, GroundTruth, analysis, coco_by_size
 from effdet_jax.evaluation.matching import Kind, Matches, match
 from effdet_jax.records import charts, page, pictures
@@ -33,7 +33,7 @@ MAX_COLORED_CLASSES = len(SERIES)  # with more classes, only the mean is coloure
 
 
 def write_report(
-    config: Any, workdir: Path, out: Path, source: data.Source, step: int, metrics: dict[str, float], found: Found
+    config: Any, workdir: Path, out: Path, source: data.Source, step: int, metrics: dict[str, float], results: Results
 ) -> None:
     """Writes the page about one evaluation to `out`, atomically.
 
@@ -42,17 +42,17 @@ def write_report(
         workdir: its work directory, for the log and the sessions.
         source: the evaluation split.
         step: the training step of the evaluated weights.
-        metrics, found: the results of `evaluate.make_evaluate`.
+        metrics, results: the results of `evaluate.make_evaluate`.
     """
     names = source.class_names
-    truths = [to_ground_truth_xyxy(image.annotations) for image in found.values()]
-    detections = [image.detections for image in found.values()]
+    truths = [to_ground_truth_xyxy(image.annotations) for image in results.values()]
+    detections = [image.detections for image in results.values()]
     matches = match(truths, detections, len(names))
     is_hit_N = matches.kinds == Kind.HIT
     best = analysis.best_f1(matches.scores, is_hit_N, len(matches.object_labels))
     content = {
         'run': {
-            'name': config.name, 'folder': workdir.resolve().name, 'step': step, 'images': len(found),
+            'name': config.name, 'folder': workdir.resolve().name, 'step': step, 'images': len(results),
             'objects': len(matches.object_labels), 'classes': len(names), 'split': _split(config),
             'made': datetime.now(UTC).strftime('%Y-%m-%d %H:%M UTC'), 'size': tuple(config.image.size),
         },
@@ -67,19 +67,19 @@ def write_report(
         'sizes': coco_by_size(truths, detections, names),
         'names': names,
         'calibration': _calibration(matches, best.score),
-        'images': _images(source, found, matches, best.score),
-        'unreadable': [image.error for image in found.values() if image.error],
+        'images': _images(source, results, matches, best.score),
+        'unreadable': [image.error for image in results.values() if image.error],
         'machine': _machine(workdir, config),
     }  # fmt: skip
     write_atomically(out, page.render(content).encode())
 
 
 def write_after_training(
-    config: Any, workdir: Path, source: data.Source, step: int, metrics: dict[str, float], found: Found
+    config: Any, workdir: Path, source: data.Source, step: int, metrics: dict[str, float], results: Results
 ) -> None:
     """Writes the report of the last evaluation. If that fails, it prints a note: a finished run must not fail here."""
     try:
-        write_report(config, workdir, workdir / FILE, source, step, metrics, found)
+        write_report(config, workdir, workdir / FILE, source, step, metrics, results)
     except Exception as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         info(f'note: {FILE} could not be written ({reason}); try python -m effdet_jax report --workdir={workdir}')
@@ -208,22 +208,24 @@ def _calibration(matches: Matches, min_score: float) -> dict[str, Any]:
     return {'chart': chart, 'error': result.expected_error, 'shown_error': shown.expected_error}
 
 
-def _images(source: data.Source, found: Found, matches: Matches, min_score: float) -> dict[str, list[dict[str, Any]]]:
+def _images(
+    source: data.Source, results: Results, matches: Matches, min_score: float
+) -> dict[str, list[dict[str, Any]]]:
     """The worst images, worst first, and the best, best first. No image is in both lists."""
     ranked = analysis.rank_images(matches, min_score)
     worst = ranked[: min(NUM_PICTURES, (len(ranked) + 1) // 2)]
     best = ranked[len(worst) :][: -NUM_PICTURES - 1 : -1]
-    indices = list(found)
+    indices = list(results)
 
     def show(images: Sequence[analysis.ImageScore]) -> list[dict[str, Any]]:
-        return [{'score': image, **_pictures(source, indices[image.index], found, min_score)} for image in images]
+        return [{'score': image, **_pictures(source, indices[image.index], results, min_score)} for image in images]
 
     return {'worst': show(worst), 'best': show(best)}
 
 
-def _pictures(source: data.Source, index: int, found: Found, min_score: float) -> dict[str, Any]:
+def _pictures(source: data.Source, index: int, results: Results, min_score: float) -> dict[str, Any]:
     """`truth` and `detections` as pictures, or the `error` of an image that cannot be read."""
-    annotations, detections, error = found[index]
+    annotations, detections, error = results[index]
     name = Path(annotations.file_name).name or str(annotations.image_id)
     try:
         pixels, _ = data.load(source, index)

@@ -25,7 +25,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, float]:
     run = build_run(config, workdir)
     timetable = run.timetable
     info(f'{run.name}: {timetable.total_steps} steps of {run.data.batch_size} images on {devices.describe_devices()}')
-    metrics, found, stops = {}, {}, False
+    metrics, results, stops = {}, {}, False
     with resumed(run) as state, bookkeeping(run) as books, notices() as stop_is_asked:
         for step in range(run.first_step + 1, timetable.total_steps + 1):
             batch = books.next_batch()
@@ -39,8 +39,8 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, float]:
             if step % timetable.log_interval == 0 or saves:
                 books.log(step)
             if evaluates:
-                metrics, found = run.evaluate(state.best_variables)
-                pictures = evaluate.draw(run.data.eval_source, found, run.records.num_pictures)
+                metrics, results = run.evaluate(state.best_variables)
+                pictures = evaluate.draw(run.data.eval_source, results, run.records.num_pictures)
                 books.log_evaluation(step, metrics, pictures)
             if saves:
                 books.save(step, state, metrics if evaluates else None)
@@ -50,10 +50,10 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, float]:
         done = f'stopped at step {step} of {timetable.total_steps}'
         info(f'{done}, all saved in {workdir}: the same command continues it')
         return {}
-    if found and devices.is_first_host():
+    if results and devices.is_first_host():
         from effdet_jax import reporting  # only now: matplotlib takes a second to load
 
-        reporting.write_after_training(config, workdir, run.data.eval_source, timetable.total_steps, metrics, found)
+        reporting.write_after_training(config, workdir, run.data.eval_source, timetable.total_steps, metrics, results)
     return metrics or _last_evaluation(workdir)
 
 
@@ -64,7 +64,7 @@ def _last_evaluation(workdir: Path) -> dict[str, float]:
     return {name.removeprefix('eval/'): value for name, value in last.items() if name != 'step'}
 
 
-def report(metrics: dict[str, float], workdir: Path) -> None:
+def print_summary(metrics: dict[str, float], workdir: Path) -> None:
     """Prints the final tables of a run."""
     classes = [name.removeprefix('AP/') for name in metrics if name.startswith('AP/')]
     result('\n' + evaluate.summary(metrics, tuple(classes)))

@@ -12,9 +12,8 @@ import pytest
 import tiny
 from processes import python
 
-from effdet_jax import build, data, evaluate, train
 from effdet_jax import config as run_config
-from effdet_jax.configs import rules
+from effdet_jax import data, evaluate, train
 from effdet_jax.data.shapes import CLASS_NAMES, draw
 from effdet_jax.errors import UserError
 from effdet_jax.records import console
@@ -27,15 +26,8 @@ STEPS = 8  # of two epochs
 
 @pytest.fixture(scope='module', autouse=True)
 def toy_network():
-    def toy(model_config, num_classes, axis_name=None):
-        build_model(model_config, num_classes, axis_name)  # reads the keys
-        return tiny.toy(num_classes, axis_name)
-
-    build_model = build.build_model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, 'build_model', toy)
-        patch.setattr(evaluate, 'build_model', toy)
-        patch.setitem(rules.RULES, 'model.max_level', rules.whole(3))  # the only level that this network has
+        tiny.use_toy(patch)
         yield
 
 

@@ -23,14 +23,13 @@ from full_disk import full_disk
 from quick import slow_but
 from tiny import assert_same
 
-from effdet_jax import build, data, train
-from effdet_jax.configs import rules
+from effdet_jax import data, train
 from effdet_jax.data.sources import Shapes
 from effdet_jax.detection import preprocess
 from effdet_jax.errors import UserError
 from effdet_jax.records import console
 from effdet_jax.records.checkpoint import Checkpoints
-from effdet_jax.records.files import only_process
+from effdet_jax.records.files import locked
 from effdet_jax.records.metrics import MetricsLog, read_metrics
 from effdet_jax.training import run
 from experiments.reliability import config as reliability
@@ -49,27 +48,16 @@ def config(**changes):
     return c
 
 
-def use_toy_network(patch):
-    build_model = build.build_model
-
-    def toy(model_config, num_classes, axis_name=None):
-        build_model(model_config, num_classes, axis_name)  # reads the keys
-        return tiny.toy(num_classes, axis_name)
-
-    patch.setattr(build, 'build_model', toy)
-    patch.setitem(rules.RULES, 'model.max_level', rules.whole(3))  # the only level that this network has
-
-
 @pytest.fixture(autouse=True)
 def toy_network(monkeypatch):
-    use_toy_network(monkeypatch)
+    tiny.use_toy(monkeypatch)
 
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
     with pytest.MonkeyPatch.context() as patch:
-        use_toy_network(patch)
+        tiny.use_toy(patch)
         train.train_and_evaluate(config(), workdir)
     return workdir
 
@@ -170,7 +158,7 @@ def test_a_damaged_newest_checkpoint_costs_two_steps_and_no_more(undisturbed, tm
 
 def test_a_second_process_on_a_work_directory_is_refused_and_changes_nothing(undisturbed):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob('*')}
-    with only_process(undisturbed), pytest.raises(UserError, match=r'is in use by process \d+ on \S+: wait for it'):
+    with locked(undisturbed), pytest.raises(UserError, match=r'is in use by process \d+ on \S+: wait for it'):
         train.train_and_evaluate(config(), undisturbed)
     after = {path: path.stat().st_mtime_ns for path in undisturbed.rglob('*')}
     assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} <= {

@@ -16,7 +16,7 @@ from processes import effdet
 
 from effdet_jax import config, reporting
 from effdet_jax.errors import UnreadableError
-from effdet_jax.evaluate import Evaluated, to_ground_truth_xyxy
+from effdet_jax.evaluate import ImageResult, to_ground_truth_xyxy
 from effdet_jax.evaluation import Detections, coco_metrics, voc_metrics
 from effdet_jax.records import console
 
@@ -95,23 +95,23 @@ def test_every_picture_decodes(page):
 
 
 def evaluated(workdir, source, scores=0.9, take=slice(None)):
-    """(config, metrics, found) of a detector that finds the first objects of `take` of every image."""
+    """(config, metrics, results) of a detector that finds the first objects of `take` of every image."""
     run = config.load(workdir)
-    found = {}
+    results = {}
     for index in range(len(source)):
         a = source.annotations(index)
         boxes = a.boxes_yxyx[take][:, [1, 0, 3, 2]]
-        found[index] = Evaluated(a, Detections(boxes, np.full(len(boxes), scores, np.float32), a.labels[take]))
-    truths = [to_ground_truth_xyxy(image.annotations) for image in found.values()]
-    pairs = truths, [image.detections for image in found.values()], source.class_names
-    return run, coco_metrics(*pairs) | voc_metrics(*pairs), found
+        results[index] = ImageResult(a, Detections(boxes, np.full(len(boxes), scores, np.float32), a.labels[take]))
+    truths = [to_ground_truth_xyxy(image.annotations) for image in results.values()]
+    pairs = truths, [image.detections for image in results.values()], source.class_names
+    return run, coco_metrics(*pairs) | voc_metrics(*pairs), results
 
 
 @pytest.mark.parametrize('take', [slice(None), slice(0)], ids=['all', 'nothing'])
 def test_a_perfect_detector_and_one_that_finds_nothing(take, finished_run, tmp_path):
     source = tiny.ManySizes(5)
-    run, numbers, found = evaluated(finished_run[0], source, take=take)
-    reporting.write_report(run, tmp_path, tmp_path / 'r.html', source, 1, numbers, found)
+    run, numbers, results = evaluated(finished_run[0], source, take=take)
+    reporting.write_report(run, tmp_path, tmp_path / 'r.html', source, 1, numbers, results)
     reader = Reader((tmp_path / 'r.html').read_text(encoding='utf-8'))
     text = ' '.join(' '.join(reader.text).split())
     assert 'The training machine was not recorded' in text
@@ -124,8 +124,8 @@ def test_names_of_classes_are_text(finished_run, tmp_path):
         class_names = ('<script>alert(1)</script>', '$\\frac', '&amp;', '"', '日本')
 
     source = Source(3)
-    run, numbers, found = evaluated(finished_run[0], source)
-    reporting.write_report(run, tmp_path, tmp_path / 'r.html', source, 1, numbers, found)
+    run, numbers, results = evaluated(finished_run[0], source)
+    reporting.write_report(run, tmp_path, tmp_path / 'r.html', source, 1, numbers, results)
     page = (tmp_path / 'r.html').read_text(encoding='utf-8')
     assert '<script>alert' not in page
     assert {'<script>alert(1)</script>', '&amp;', '日本'} <= {text.strip() for text in Reader(page).text}
@@ -141,10 +141,12 @@ def test_images_that_cannot_be_read_are_named_and_the_report_is_written(finished
             return super().__getitem__(index)
 
     source = tiny.ManySizes(5)
-    run, numbers, found = evaluated(finished_run[0], source)
+    run, numbers, results = evaluated(finished_run[0], source)
     nothing = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
-    found[1] = Evaluated(found[1].annotations, nothing, 'photos/1.jpg: it ends too early: replace or remove the file')
-    reporting.write_report(run, tmp_path, tmp_path / 'r.html', Source(5), 1, numbers, found)
+    results[1] = ImageResult(
+        results[1].annotations, nothing, 'photos/1.jpg: it ends too early: replace or remove the file'
+    )
+    reporting.write_report(run, tmp_path, tmp_path / 'r.html', Source(5), 1, numbers, results)
     reader = Reader((tmp_path / 'r.html').read_text(encoding='utf-8'))
     text = ' '.join(' '.join(reader.text).split())
     assert '1 of 5 images could not be read.' in text

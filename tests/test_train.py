@@ -233,7 +233,7 @@ def test_starting_from_its_weights_takes_all_of_them_and_says_so(finished_run, f
 def test_the_report_names_the_classes_and_the_files(finished_run):
     workdir, numbers, _ = finished_run
     with console.terminal.capture() as printed:
-        train.report(numbers, workdir)
+        train.print_summary(numbers, workdir)
     for text in ('VOC07_AP50', '| ellipse ', '| ring ', f'{workdir}: report.html  config.json'):
         assert text in printed.get()
 

@@ -31,7 +31,7 @@ def main(_: Sequence[str]) -> None:
     out = OUT.value or workdir / reporting.FILE
     best = evaluate.best_evaluation(config, workdir)
     if devices.is_first_host():
-        reporting.write_report(config, workdir, out, best.source, best.step, best.metrics, best.found)
+        reporting.write_report(config, workdir, out, best.source, best.step, best.metrics, best.results)
         result(f'AP {best.metrics["AP"]:.3f}  AP50 {best.metrics["AP50"]:.3f}  {out}')
 
 

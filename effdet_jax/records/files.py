@@ -129,7 +129,7 @@ class Appender:
 
 
 @contextlib.contextmanager
-def only_process(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Locks `folder` for this process, and creates it if needed. The kernel unlocks it when the process ends.
 
     Uses flock because a plain lock file would outlive a killed process and would have to be removed by hand.

@@ -10,10 +10,10 @@ import numpy as np
 
 from effdet_jax import config as run_config
 from effdet_jax import data
-from effdet_jax.errors import UserError
+from effdet_jax.errors import UserError, explaining_write_errors
 from effdet_jax.records.checkpoint import Checkpoints
 from effdet_jax.records.console import info
-from effdet_jax.records.files import only_process
+from effdet_jax.records.files import locked
 from effdet_jax.runtime import devices
 from effdet_jax.training.state import TrainState
 
@@ -85,7 +85,7 @@ def resumed(run: Run) -> Iterator[TrainState]:
     """
     with contextlib.ExitStack() as exits:
         if devices.is_first_host():
-            exits.enter_context(only_process(run.workdir))
+            exits.enter_context(locked(run.workdir))
             run.checkpoints = Checkpoints(run.workdir, keep=run.records.keep, best=run.records.best)
             exits.enter_context(contextlib.closing(run.checkpoints))
         yield devices.replicate(_first_state(run))  # no name here: it would stay in memory during the run
@@ -101,12 +101,8 @@ def _first_state(run: Run) -> TrainState:
         place = step, position
     place = devices.gather_objects(place)[0]
     if run.checkpoints:
-        try:
+        with explaining_write_errors(run.workdir, 'make room, or choose another --workdir'):
             run_config.save(run.config, run.workdir)
-        except OSError as error:
-            raise UserError(
-                f'{run.workdir} cannot be written ({error.strerror}): make room, or choose another --workdir'
-            ) from error
     if not place:
         return run.initial_state()
     run.first_step, position = place

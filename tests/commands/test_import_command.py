@@ -100,7 +100,7 @@ def test_another_model_is_one_line(source):
 @pytest.mark.slow
 @pytest.mark.usefixtures('depthwise_by_xla')
 def test_a_backbone_is_frozen_and_then_fine_tuned(tmp_path, capsys):
-    """The schedule of (docs/seed_report.md, Training): a detector learns on an imported backbone, which thaws later."""
+    """The schedule of (docs/seed_report.md, Training): an imported backbone is unfrozen later."""
     arrays = imports.torch_arrays(LAYERS, WRITTEN)
     backbone = {name.removeprefix('backbone.'): array for name, array in arrays.items() if name.startswith('backbone.')}
     importer.import_weights(quickstart.get_config(), imports.file(tmp_path, backbone), tmp_path / 'imported')

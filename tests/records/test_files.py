@@ -8,13 +8,13 @@ from full_disk import full_disk
 
 from effdet_jax.errors import UserError
 from effdet_jax.records import files
-from effdet_jax.records.files import Appender, only_process
+from effdet_jax.records.files import Appender, locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from effdet_jax.records.files import only_process
-with only_process(Path(sys.argv[1])):
+from effdet_jax.records.files import locked
+with locked(Path(sys.argv[1])):
     print('held', flush=True)
     time.sleep(60)
 """
@@ -59,28 +59,28 @@ def test_a_second_process_is_refused_until_the_first_one_is_gone_however_it_went
     first = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == 'held\n'
     message = rf'is in use by process {first.pid} on \S+: wait for it, stop it, or choose another --workdir'
-    with pytest.raises(UserError, match=message), only_process(tmp_path):
+    with pytest.raises(UserError, match=message), locked(tmp_path):
         pass
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    with only_process(tmp_path):
+    with locked(tmp_path):
         pass
-    with only_process(tmp_path), pytest.raises(UserError, match=f'process {os.getpid()} '), only_process(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match=f'process {os.getpid()} '), locked(tmp_path):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path):
     (tmp_path / 'file').touch()
     message = r'file/run cannot be written \(Not a directory\): choose another'
-    with pytest.raises(UserError, match=message), only_process(tmp_path / 'file' / 'run'):
+    with pytest.raises(UserError, match=message), locked(tmp_path / 'file' / 'run'):
         pass
 
 
 def test_the_lock_holds_on_a_full_disk(tmp_path):
     with (
         full_disk(0),
-        only_process(tmp_path),
+        locked(tmp_path),
         pytest.raises(UserError, match='another process'),
-        only_process(tmp_path),
+        locked(tmp_path),
     ):
         pass

@@ -9,11 +9,11 @@ import pytest
 import tiny
 from tiny import assert_same
 
-from effdet_jax import build, model, train
-from effdet_jax.configs import default, rules
+from effdet_jax import build, train
+from effdet_jax.configs import default
 from effdet_jax.detection import assignment, losses, preprocess
 from effdet_jax.detection.anchors import make_anchors
-from effdet_jax.inference import Detector, detector
+from effdet_jax.inference import Detector
 from effdet_jax.records.checkpoint import Checkpoints, load_variables
 from effdet_jax.records.metrics import MetricsLog, read_metrics
 from effdet_jax.runtime import devices
@@ -246,11 +246,6 @@ def config():
     return c
 
 
-def toy_of(config, num_classes, axis_name=None):
-    model.build_model(config, num_classes, axis_name)  # which reads the keys that a run must read
-    return tiny.toy(num_classes, axis_name)
-
-
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """Work directories of a run, and of the same one stopped after step 3 and started again; of the toy."""
@@ -263,9 +258,7 @@ def runs(tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (build, detector):
-            patch.setattr(module, 'build_model', toy_of)
-        patch.setitem(rules.RULES, 'model.max_level', rules.whole(3))
+        tiny.use_toy(patch)
         train.train_and_evaluate(config(), folder / 'once')
         with pytest.MonkeyPatch.context() as other, pytest.raises(KeyboardInterrupt):
             other.setattr(MetricsLog, 'write', interrupting)

@@ -235,7 +235,7 @@ def test_what_is_frozen_does_not_move_nor_does_its_optimiser_state(frozen_for_an
             assert np.any(old != new)
 
 
-def test_the_rest_never_notices_what_is_frozen_or_thaws(frozen_for_an_epoch):
+def test_the_rest_never_notices_what_is_frozen_or_unfrozen(frozen_for_an_epoch):
     never = frozen_for_an_epoch.copy_and_resolve_references()
     never.train.freeze = ''
     alone = [{'class_net': tree['class_net']} for tree in (PARAMS, *GRADIENTS)]
@@ -245,7 +245,7 @@ def test_the_rest_never_notices_what_is_frozen_or_thaws(frozen_for_an_epoch):
         assert_same(params['class_net'], expected['class_net'])
 
 
-def test_what_thaws_starts_with_a_fresh_optimiser(frozen_for_an_epoch):
+def test_what_is_unfrozen_starts_with_a_fresh_optimiser(frozen_for_an_epoch):
     always = frozen_for_an_epoch.copy_and_resolve_references()
     always.train.freeze = ''
     alone = [{'backbone': tree['backbone']} for tree in (PARAMS, *GRADIENTS)]
@@ -320,7 +320,7 @@ def test_the_report_has_a_constant_rate_from_the_first_step_on():
     np.testing.assert_array_equal(np.broadcast_to(by_recipe('report')[1](t), t.shape), np.float32(1e-3))
 
 
-def test_the_report_is_adam_on_all_but_a_backbone_that_thaws_after_50_epochs():
+def test_the_report_is_adam_on_all_but_a_backbone_unfrozen_after_50_epochs():
     gradients = GRADIENTS * 26  # 52 epochs
     ours = descend(by_recipe('report')[0], gradients=gradients)
     alone = [{'class_net': tree['class_net']} for tree in (PARAMS, *gradients)]

@@ -266,7 +266,7 @@ def test_what_is_frozen_keeps_parameters_and_statistics():
     np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(step_of_rest), rtol=1e-3)
 
 
-def test_thawing_moves_parameters_and_statistics_again():
+def test_unfreezing_moves_parameters_and_statistics_again():
     state, step = make(recipe(**{'train.freeze': 'backbone', 'train.unfreeze_epoch': 0.0}))
     after, _ = step(state, BATCH, False)
     assert len(moved(state.variables, after.variables)) == len(jax.tree.leaves(state.variables))
