@@ -30,11 +30,18 @@ def build_run(config: Any, workdir: Path) -> Run:
     Raises:
       UserError: for anything in the config, the data or the work directory that the user can fix.
     """
+    if (workdir / 'import.json').exists():
+        raise UserError(
+            f'{workdir} holds imported weights, which training would replace: choose another --workdir and add '
+            f'--config.train.init_from={workdir}'
+        )
     run_config.check(config)
     c = run_config.Recorded(config)  # in the end every key must have been read
     train_source, eval_source = open_sources(c)
     evaluate.remember_classes(config, eval_source, c.dataset.category_ids)
-    _check_workdir(config, workdir)
+    run_config.refuse_another(config, workdir)
+    for line in run_config.changes_to_tell(config, workdir):
+        info(f'note: {line}')
     model = build_model(c.model, len(train_source.class_names), devices.AXIS)
     epoch_steps = steps_per_epoch(c, len(train_source))
     timetable = make_timetable(c, epoch_steps)
@@ -118,22 +125,6 @@ def make_timetable(config: Any, epoch_steps: int) -> Timetable:
         evaluations=evaluations,
         saves=every(config.checkpoint.every_epochs) | evaluations,
     )
-
-
-def _check_workdir(config: Any, workdir: Path) -> None:
-    """Whether a run of this config may start or continue there; tells the user what changes.
-
-    Raises:
-      UserError: if the work directory holds imported weights, or a run that this config does not continue.
-    """
-    if (workdir / 'import.json').exists():
-        raise UserError(
-            f'{workdir} holds imported weights, which training would replace: choose another --workdir and add '
-            f'--config.train.init_from={workdir}'
-        )
-    run_config.refuse_another(config, workdir)
-    for line in run_config.changes_to_tell(config, workdir):
-        info(f'note: {line}')
 
 
 def _initial_state(

@@ -180,7 +180,7 @@ def anchor_fit(config: Any, listing: data.Listing) -> AnchorFit | None:
 def best_ious(config: Any, **changes: Any) -> survey.BestIous:
     """A function: boxes yxyx [K, 4] in network pixels -> IoU [K] with the best anchor of `config`, with `changes`."""
     a, size = config.model.anchors, tuple(config.image.size)
-    settings = dict(scale=a.scale, octaves=a.scales_per_octave, aspect_ratios=a.aspect_ratios) | changes
+    settings = dict(scale=a.scale, scales_per_octave=a.scales_per_octave, aspect_ratios=a.aspect_ratios) | changes
     return functools.partial(anchors.best_ious, level_sizes=level_sizes(config), image_size=size, **settings)
 
 

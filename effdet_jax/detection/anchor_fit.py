@@ -18,7 +18,7 @@ class Anchors(NamedTuple):
 
 
 def fit(
-    sides: Float[np.ndarray, 'M 2'], strides: Sequence[tuple[float, float]], octaves: int, start: Anchors
+    sides: Float[np.ndarray, 'M 2'], strides: Sequence[tuple[float, float]], scales_per_octave: int, start: Anchors
 ) -> Anchors:
     """The nearest local optimum for boxes of these (heights, widths) > 0, in pixels; `strides` (y, x) of the levels.
 
@@ -27,7 +27,9 @@ def fit(
     tied: those of one ratio are copies of one shape at all levels and octaves, and one scale serves all. So a round
     takes the mean shape of each ratio relative to stride and octave, and of their sizes the mean for the scale.
     """
-    size_S2 = np.concatenate([np.asarray(strides) * 2 ** (octave / octaves) for octave in range(octaves)])
+    size_S2 = np.concatenate(
+        [np.asarray(strides) * 2 ** (octave / scales_per_octave) for octave in range(scales_per_octave)]
+    )
     scale, ratio_R = start.scale, np.asarray(start.aspect_ratios, np.float64)
     before = None
     for _ in range(ROUNDS):

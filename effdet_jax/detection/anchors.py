@@ -18,15 +18,15 @@ def make_anchors(
     level_sizes: Sequence[tuple[int, int]],
     image_size: tuple[int, int],
     scale: float = 4.0,
-    octaves: int = 3,
+    scales_per_octave: int = 3,
     aspect_ratios: Sequence[AspectRatio] = SQRT_RATIOS,
 ) -> Float[np.ndarray, 'N 4']:
     """All anchors of an image, yxyx pixels, float32, not clipped; ordered level, y, x, octave, ratio.
 
     A level's stride is the *ratio* of image to feature size, per axis, not a power of two. The anchor of octave o has
-    the side `scale * stride * 2^(o / octaves)` times the factors of its aspect ratio.
+    the side `scale * stride * 2^(o / scales_per_octave)` times the factors of its aspect ratio.
     """
-    height_A, width_A = _sides(scale, octaves, aspect_ratios)
+    height_A, width_A = _sides(scale, scales_per_octave, aspect_ratios)
     levels = []
     for rows, columns in level_sizes:
         stride_y, stride_x = image_size[0] / rows, image_size[1] / columns
@@ -43,7 +43,7 @@ def best_ious(
     level_sizes: Sequence[tuple[int, int]],
     image_size: tuple[int, int],
     scale: float = 4.0,
-    octaves: int = 3,
+    scales_per_octave: int = 3,
     aspect_ratios: Sequence[AspectRatio] = SQRT_RATIOS,
 ) -> Float[np.ndarray, 'M']:
     """For each box yxyx the IoU with the best of all anchors that `make_anchors` gives for these arguments.
@@ -56,7 +56,7 @@ def best_ious(
         stride_2 = np.array(image_size, np.float32) / np.array(size, np.float32)
         nearest_M2 = np.clip(np.floor(center_M2 / stride_2), 0, np.array(size, np.float32) - 1)
         offset_M2 = np.abs(center_M2 - (nearest_M2 + 0.5) * stride_2)
-        for sides in zip(*_sides(scale, octaves, aspect_ratios), strict=True):
+        for sides in zip(*_sides(scale, scales_per_octave, aspect_ratios), strict=True):
             anchor_2 = stride_2 * np.array(sides, np.float32)
             overlap_M2 = np.minimum((side_M2 + anchor_2) / 2 - offset_M2, np.minimum(side_M2, anchor_2))
             shared_M = np.maximum(overlap_M2, 0).prod(1)
@@ -78,10 +78,10 @@ def level_sizes(image_size: tuple[int, int], min_level: int, max_level: int) -> 
 
 
 def _sides(
-    scale: float, octaves: int, aspect_ratios: Sequence[AspectRatio]
+    scale: float, scales_per_octave: int, aspect_ratios: Sequence[AspectRatio]
 ) -> tuple[Float[np.ndarray, 'A'], Float[np.ndarray, 'A']]:
     """(heights, widths) of the anchors of one position, in strides."""
     factors = [r if isinstance(r, Sequence) else (math.sqrt(r), 1 / math.sqrt(r)) for r in aspect_ratios]
-    octave_A = np.repeat(2 ** (np.arange(octaves) / octaves), len(factors))
-    width_A, height_A = np.tile(np.asarray(factors, np.float64).T, octaves) * scale * octave_A
+    octave_A = np.repeat(2 ** (np.arange(scales_per_octave) / scales_per_octave), len(factors))
+    width_A, height_A = np.tile(np.asarray(factors, np.float64).T, scales_per_octave) * scale * octave_A
     return height_A, width_A

@@ -108,7 +108,7 @@ def test_a_whole_plan(toy_config):
     for expected in (
         'Network: nano, 5 classes, 64x64 pixels',
         'objects of 16 training images',
-        'batch 8 on 4 x cpu on 1 host, float32, remat=False, accumulate=1',
+        'batch 8 on 4 x cpu on 1 host, float32, remat=False, gradient_accumulation_steps=1',
         'Estimated from compiled batches 4 and 8',
         'Evaluation of 4 images at a time',
         'Time: 16 images, 2 steps of 8 per epoch',
