@@ -1,6 +1,5 @@
 """What the importer refuses, in one line that names the culprit, before anything is written; and what it may allow."""
 
-import functools
 import json
 import pickle
 import sys
@@ -26,13 +25,6 @@ from effdet_jax.weights import families, names, readers
 pytestmark = pytest.mark.usefixtures('depthwise_by_xla')
 
 KERNEL = 'class_net.predict.conv_pw.weight'
-
-
-@pytest.fixture(autouse=True, scope='module')
-def traced_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(names, 'shapes_of', functools.cache(names.shapes_of))
-        yield
 
 
 @pytest.fixture
