@@ -1,8 +1,8 @@
-"""What differs between published checkpoints beyond their weights: {preset: {config key: value}}.
+"""Settings of published checkpoints: {preset: {config key: value}}.
 
-`import_weights` chooses one, `{family}` or `{family}-{variant}`, and saves it with the weights: input statistics,
-aspect ratios of the anchors, kind of NMS (docs/reference.md, Differences between implementations). Released official
-D0-D7x go back to when ratios were the pairs (1.4, 0.7); AdvProp and Lite to when they were square roots.
+`import-weights` chooses one, `{family}` or `{family}-{variant}`, and saves it with the weights: input statistics,
+aspect ratios of the anchors, kind of NMS (docs/reference.md, Differences between implementations). The released
+official D0-D7x were trained with the ratio pairs (1.4, 0.7), AdvProp and Lite with square roots.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""How to train: {recipe: {config key: what differs from `default.py`}}. `configs/d3.py:voc2007,report` chooses one.
+"""Training recipes: {recipe: {config key: value that differs from `default.py`}}, as in `configs/d3.py:voc2007,report`.
 
-Of several recipes the last one counts, alone. What belongs to a member of the family (sizes, stochastic depth) or to
-the data (image size, anchors) stands in no recipe.
+If several recipes are given, only the last one is used. Values that depend on the model (sizes, stochastic depth) or on
+the data (image size, anchors) are not part of a recipe.
 """
 
 from typing import Any

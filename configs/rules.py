@@ -1,7 +1,7 @@
-"""What each key of a config may be: a row for every key of `default.py`; then what keys must agree on.
+"""The allowed values of each config key: a row for every key of `default.py`, then rules between keys.
 
-`config.check` applies both before anything starts. A config imports no jax, so the names of backbones, losses and so on
-are written out: tests/test_rules.py holds them to the tables in the code that define them.
+`config.check` applies both before anything starts. Configs do not import jax, so the names of backbones, losses and so
+on are repeated here; tests/test_rules.py compares them with the tables in the code.
 """
 
 import math
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 
 class Rule(NamedTuple):
-    """advice: ends the message about a wrong value. accepts: takes a value of any type.
+    """advice: the end of the error message. accepts: whether a value, of any type, is allowed.
 
-    normal: turns a short form, such as one number for a square image, into the full one.
+    normal: expands a short form, such as one number for a square image.
     """
 
     advice: str
@@ -269,13 +269,13 @@ RENAMED = {
 
 
 def use_new_name(old: str) -> str:
-    """What to tell whoever gives a key by its old name."""
+    """The error message for an old name."""
     return f'config.{old} is now config.{RENAMED[old]}: use that name'
 
 
-GROUP = 4  # images that mosaic and MixUp mix
+GROUP = 4  # images mixed by mosaic and MixUp
 
-# (keys, what must hold for their values, advice where it does not). How many devices there are, the code checks.
+# (keys, condition on their values, advice if it fails). Conditions on the number of devices are checked in the code.
 AGREEMENTS: tuple[tuple[tuple[str, ...], Callable[..., Any], str], ...] = (
     (
         ('train.batch_size', 'train.gradient_accumulation_steps'),
