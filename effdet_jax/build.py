@@ -44,7 +44,7 @@ def build_run(config: Any, workdir: Path) -> Run:
         info(f'note: {line}')
     model = build_model(c.model, len(train_source.class_names), devices.AXIS)
     epoch_steps = steps_per_epoch(c, len(train_source))
-    timetable = make_timetable(c, epoch_steps)
+    timetable, shapes = make_timetable(c, epoch_steps), shapes_of(model)
     train_step, optimizer = map_train_step(c, model, image_anchors(c), epoch_steps, timetable.total_steps)
     inspection.check_sources(c, {'train': train_source, 'eval': eval_source})
     run = Run(
@@ -68,8 +68,8 @@ def build_run(config: Any, workdir: Path) -> Run:
             wandb=c.log.wandb,
             max_skipped=c.train.max_skipped_steps,
         ),
-        state_like=arrays_like(state_shapes(model, optimizer, c.train.ema_decay, c.adversarial.weight > 0)),
-        initial_state=_initial_state(config, c, model, optimizer, workdir),
+        state_like=arrays_like(state_shapes(shapes, optimizer, c.train.ema_decay, c.adversarial.weight > 0)),
+        initial_state=_initial_state(config, c, model, shapes, optimizer, workdir),
         train_step=train_step,
         evaluate=evaluate.make_evaluate(c, eval_source, devices.map_devices(make_detect(c, model))),
     )
@@ -128,7 +128,7 @@ def make_timetable(config: Any, epoch_steps: int) -> Timetable:
 
 
 def _initial_state(
-    config: Any, c: Any, model: EfficientDet, optimizer: optax.GradientTransformation, workdir: Path
+    config: Any, c: Any, model: EfficientDet, shapes: Any, optimizer: optax.GradientTransformation, workdir: Path
 ) -> Callable[[], TrainState]:
     """A function that makes the state of step 0: random weights, or those of config.train.init_from.
 
@@ -136,7 +136,7 @@ def _initial_state(
       UserError: if config.train.freeze matches nothing, or the run to start from does not fit.
     """
     seed, init_from, ema_decay, attacked = c.seed, c.train.init_from, c.train.ema_decay, c.adversarial.weight > 0
-    check_freeze(c.train.freeze, shapes := shapes_of(model))
+    check_freeze(c.train.freeze, shapes)
     if init_from and not has_checkpoints(workdir):
         check_start(Path(init_from), shapes)
 

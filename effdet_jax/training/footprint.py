@@ -13,6 +13,7 @@ from effdet_jax.model import EfficientDet
 from effdet_jax.runtime import devices, process
 from effdet_jax.training.compiled import MappedStep, compile_step, map_train_step
 from effdet_jax.training.state import TrainState, state_shapes
+from effdet_jax.weights.names import shapes_of
 
 HostBatch = dict[str, np.ndarray]
 
@@ -83,7 +84,7 @@ def seconds_per_step(compiled: jax.stages.Compiled, state: TrainState, batch: Ho
 def plan_step(config: Any, model: EfficientDet, anchors: Float[np.ndarray, 'N 4'], frozen: bool) -> PlannedStep:
     """Traces, compiles and allocates nothing yet. `frozen`: the step before the unfreezing (training/freeze.py)."""
     mapped, optimizer = map_train_step(config, model, anchors, 1000, 1000)  # no shape depends on the schedule
-    state = state_shapes(model, optimizer, config.train.ema_decay, config.adversarial.weight > 0)
+    state = state_shapes(shapes_of(model), optimizer, config.train.ema_decay, config.adversarial.weight > 0)
     return PlannedStep(mapped, state, frozen)
 
 

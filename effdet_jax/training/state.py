@@ -12,7 +12,6 @@ from flax import linen as nn
 from effdet_jax.records.deployed import deployed
 from effdet_jax.runtime import xla
 from effdet_jax.training.adversarial import with_auxiliary
-from effdet_jax.weights.names import shapes_of
 
 Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}
 
@@ -55,10 +54,10 @@ def init_state(
 
 
 def state_shapes(
-    model: nn.Module, optimizer: optax.GradientTransformation, ema_decay: float, attacked: bool = False
+    variables: Any, optimizer: optax.GradientTransformation, ema_decay: float, attacked: bool = False
 ) -> TrainState:
-    """The shapes and types of `init_state`'s result. Computes and allocates nothing."""
-    return jax.eval_shape(lambda fresh: init_state(fresh, optimizer, ema_decay, attacked), shapes_of(model))
+    """The shapes and types of `init_state`'s result for `variables` (weights.names.shapes_of). Computes and allocates nothing."""
+    return jax.eval_shape(lambda fresh: init_state(fresh, optimizer, ema_decay, attacked), variables)
 
 
 def arrays_like(shapes: Any) -> Any:

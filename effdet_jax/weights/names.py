@@ -4,7 +4,6 @@ Each table maps a layer of ours to a layer of theirs. The tree of our model says
 variables, unexpected ones and mismatched shapes can be reported by name.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -291,8 +290,7 @@ def _stages(shapes: Mapping[Path, Any]) -> dict[int, tuple[int, int]]:
     return stage_of
 
 
-@functools.lru_cache  # tracing D0 takes 0.8 s, and a run asks twice
 def shapes_of(model: Any, image_size: tuple[int, int] = (128, 128)) -> dict[str, Any]:
-    """The shapes of a model's variables; computes none of them. Do not change the result: it is cached."""
+    """The shapes of a model's variables; computes none of them."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
