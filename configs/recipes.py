@@ -40,7 +40,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         'schedule.warmup_init_rate': 1e-3,  # of the very first step
         'schedule.decay': 'constant',
         'loss.l2': 0.0,
-        # Left open, and official as in `default.py`: alpha, gamma, weight of the box loss, clipping, augmentation.
+        # Left open, and official here: alpha, gamma, weight of the box loss; clipping and augmentation as in `default.py`.
+        'loss.alpha': 0.25,
+        'loss.gamma': 1.5,
+        'loss.box_weight': 50.0,
     },
     # Ours, for a few hundred to a few thousand images (experiments/bccd): a few thousand steps from scratch.
     'short': {

@@ -23,7 +23,7 @@ def focal_loss(
     """-alpha_t (1 - p_t)^gamma log(p_t) on sigmoid outputs, with classes in 0..K-1 and -1 for background.
 
     Lin et al. 2017, equation 5. Label smoothing moves the target of the logarithm towards one half; alpha_t and p_t see
-    the unsmoothed target.
+    the unsmoothed target. Training passes the values of `config.loss`.
     """
     positive = classes[..., None] == jnp.arange(logits.shape[-1])
     p = jax.nn.sigmoid(logits)

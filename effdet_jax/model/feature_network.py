@@ -231,7 +231,7 @@ class Cell(nn.Module):
     def __call__(self, features: list[Float[Array, 'B _ _ _']], train: bool) -> list[Float[Array, 'B _ _ _']]:
         sizes = [f.shape[1:3] for f in features]
         maps = list(features)
-        outputs = dict(enumerate(features))
+        outputs = {}  # the last node of each level
         for k, node in enumerate(self.nodes):
             level = node.level - self.min_level
             apply = self.make_node(attention=node.attention, name=f'node_{k}')
@@ -259,6 +259,10 @@ class FeatureNetwork(nn.Module):
     @nn.compact
     def __call__(self, features: list[Float[Array, 'B _ _ _']], train: bool) -> list[Float[Array, 'B _ _ F']]:
         nodes = FEATURE_NETWORKS[self.name_of_cell](self.min_level, self.max_level)
+        if missing := {*range(self.min_level, self.max_level + 1)} - {node.level for node in nodes}:
+            raise UserError(
+                f'feature network {self.name_of_cell} has no node at P{min(missing)}: every level needs one'
+            )
         node_class: Any = nn.remat(FusionNode, static_argnums=(2, 3, 4)) if self.remat else FusionNode
         make_node = functools.partial(
             node_class, self.channels, self.fusion, self.activation, self.norm, self.dtype, self.per_channel,

@@ -1,4 +1,7 @@
-"""Several devices and several hosts: the only file that knows of them."""
+"""Several devices and hosts: starting, mapping, sharding, gathering.
+
+Sums over the axis AXIS are in the step, the batch norms and the augmentations; a few files ask jax for counts.
+"""
 
 import atexit
 import contextlib
@@ -149,7 +152,10 @@ def host_batch_size(key: str, global_batch_size: int, parts: int = 1) -> int:
 
 
 def map_devices(function: Callable, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()) -> Callable:
-    """`function` mapped over the leading axis of its arguments, one slice per device."""
+    """`function` mapped over the leading axis of its arguments, one slice per device.
+
+    `jax.pmap`, because the step is written for one device with a named axis: its result does not depend on their number.
+    """
     return jax.pmap(function, axis_name=AXIS, donate_argnums=donate, static_broadcasted_argnums=static)
 
 

@@ -56,7 +56,7 @@ def init_state(
 def state_shapes(
     variables: Any, optimizer: optax.GradientTransformation, ema_decay: float, attacked: bool = False
 ) -> TrainState:
-    """The shapes and types of `init_state`'s result for `variables` (weights.names.shapes_of). Computes and allocates nothing."""
+    """The shapes and types of `init_state`'s result, from shapes of the variables. Computes and allocates nothing."""
     return jax.eval_shape(lambda fresh: init_state(fresh, optimizer, ema_decay, attacked), variables)
 
 

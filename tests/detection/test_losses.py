@@ -1,3 +1,5 @@
+import inspect
+
 import goldens
 import jax
 import jax.numpy as jnp
@@ -5,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 
+from effdet_jax.configs import default
+from effdet_jax.detection.assignment import assign
 from effdet_jax.detection.losses import IOU_PENALTIES, focal_loss, huber_loss, iou_loss
 
 
@@ -148,3 +152,16 @@ def test_penalties_of_boxes_far_apart():
     losses = {kind: float(iou_loss(prediction, target, anchor, kind)[0]) for kind in IOU_PENALTIES}
     expected = {'iou': 1, 'giou': 1 + 9 / 11, 'diou': 1 + 100 / 122, 'ciou': 1 + 100 / 122}
     assert losses == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('function', 'keys'),
+    [
+        (focal_loss, {'alpha': 'alpha', 'gamma': 'gamma', 'label_smoothing': 'label_smoothing'}),
+        (huber_loss, {'delta': 'delta'}),
+        (assign, {'threshold': 'match_threshold'}),
+    ],
+)
+def test_defaults_are_those_of_the_config(function, keys):
+    parameters, config = inspect.signature(function).parameters, default.get_config('d0').loss
+    assert {name: parameters[name].default for name in keys} == {name: config[key] for name, key in keys.items()}

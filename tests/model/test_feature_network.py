@@ -9,7 +9,7 @@ from quick import slow_but
 
 from effdet_jax.errors import UserError
 from effdet_jax.model import feature_network, layers
-from effdet_jax.model.feature_network import FEATURE_NETWORKS, FUSIONS, FeatureNetwork, bifpn, nasfpn
+from effdet_jax.model.feature_network import FEATURE_NETWORKS, FUSIONS, FeatureNetwork, Node, bifpn, nasfpn
 
 pytestmark = pytest.mark.usefixtures('depthwise_by_xla')
 
@@ -278,3 +278,11 @@ def test_parameters_counted_by_hand():
     convolutions = 7 * (9 * 8 + 8 * 8 + 8 + 2 * 8)
     weights = 3 * 2 + 2 * 2  # three sums; P5 and P7, where an input joins. The other two nodes merge by attention only
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes['params'])) == projections + convolutions + weights
+
+
+def test_every_level_needs_a_node(monkeypatch):
+    monkeypatch.setitem(FEATURE_NETWORKS, 'two', lambda low, high: (Node(3, (0, 1)), Node(7, (4, 5))))
+    network = FeatureNetwork('two', 3, 7, 8, 1, 'fast', 'swish', layers.Norm())
+    maps = [jnp.zeros((1, 2**size, 2**size, 8)) for size in (4, 3, 2, 1, 0)]
+    with pytest.raises(UserError, match='feature network two has no node at P4: every level needs one'):
+        network.init(jax.random.key(0), maps, False)

@@ -11,7 +11,7 @@ from effdet_jax.data import survey
 from effdet_jax.detection import anchor_fit
 from effdet_jax.records.console import table
 
-RECALL_IOU = 0.5
+RECALL_IOU = 0.5  # for the recall in the tables; not loss.match_threshold
 COCO_AREAS = (32**2, 96**2)  # pixels of the original image: small, medium, large
 FIT_OBJECTS = 5_000  # evenly spaced objects for k-means
 STARTS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # initial anchor scales of k-means
