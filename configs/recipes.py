@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         'schedule.warmup_init_rate': 1e-3,  # of the very first step
         'schedule.decay': 'constant',
         'loss.l2': 0.0,
-        # Left open, and official here: alpha, gamma, weight of the box loss; clipping and augmentation as in `default.py`.
+        # The report does not give the next three, clipping and augmentation; official values.
         'loss.alpha': 0.25,
         'loss.gamma': 1.5,
         'loss.box_weight': 50.0,

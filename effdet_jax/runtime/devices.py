@@ -154,7 +154,7 @@ def host_batch_size(key: str, global_batch_size: int, parts: int = 1) -> int:
 def map_devices(function: Callable, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()) -> Callable:
     """`function` mapped over the leading axis of its arguments, one slice per device.
 
-    `jax.pmap`, because the step is written for one device with a named axis: its result does not depend on their number.
+    `jax.pmap`, because the step is written for one device with a named axis.
     """
     return jax.pmap(function, axis_name=AXIS, donate_argnums=donate, static_broadcasted_argnums=static)
 

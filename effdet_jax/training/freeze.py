@@ -4,7 +4,7 @@ A path is 'backbone/stem/conv/kernel', matched from its start. While frozen, a p
 norm uses the stored statistics and leaves them alone, and the optimizer neither moves nor decays it. All are unfrozen
 at `config.train.unfreeze_epoch`; then the step is compiled a second time.
 
-Where it takes effect: gradients and batch norms in step.py, L2 and optimizer in optimizer.py; build.py checks the regex.
+Where it takes effect: gradients and batch norms in step.py, L2 and updates in optimizer.py; build.py checks the regex.
 Batch norms match by their own path ('backbone/stem/bn'). Stochastic depth stays on.
 """
 
