@@ -1,4 +1,4 @@
-"""EfficientDet in JAX: images go in at the left, boxes come out at the right (ARCHITECTURE.md)."""
+"""EfficientDet in JAX and Flax: train, study and use object detectors."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

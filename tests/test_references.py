@@ -144,7 +144,7 @@ def test_links(link, leads, tmp_path):
 
 def test_the_tree_in_architecture_is_the_package():
     package = ROOT / 'effdet_jax'
-    tree = section((ROOT / 'ARCHITECTURE.md').read_text(), 'The house').partition('\nconfigs/')[0]
+    tree = section((ROOT / 'ARCHITECTURE.md').read_text(), 'Layout').partition('\nconfigs/')[0]
     modules = {path.name for path in package.rglob('*.py') if 'configs' not in path.parts}
     folders = {path.parent.name for path in package.rglob('*.py') if 'configs' not in path.parts}
     described = set(re.findall(r'(?<![\w/])\w+\.py', tree))
