@@ -67,14 +67,15 @@ def unless_frozen(
 ) -> optax.GradientTransformationExtraArgs:
     """`transformation`, which gives zeros for what is frozen and leaves its state alone until step `unfreeze_at`.
 
-    What is frozen has a state of its own, so that the others' state survives the switch.
+    What is frozen has a state of its own, so that the others' state survives the switch. `update(..., frozen=...)` says
+    whether it is still frozen; otherwise the number of updates decides, which leaves out skipped steps.
     """
 
-    def unfrozen(step: Any, **_: Any) -> jax.Array:
-        return jnp.asarray(step) >= unfreeze_at
+    def unfrozen(step: Any, *, frozen: bool | None = None, **_: Any) -> jax.Array:
+        return jnp.asarray(step >= unfreeze_at if frozen is None else not frozen)
 
     def labels(params: Any) -> Any:  # they are names in every checkpoint
         return traverse_util.path_aware_map(lambda path, _: 'late' if path_matches(pattern, path) else 'always', params)
 
-    late = optax.transforms.conditionally_mask(transformation, unfrozen)
+    late = optax.transforms.conditionally_mask(transformation, unfrozen, forward_extra_args=True)
     return optax.partition({'always': transformation, 'late': late}, labels)

@@ -3,6 +3,7 @@
 A batch whose loss or gradient is not finite changes nothing but the number of the step.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ def make_train_step(
         finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
         metrics['skipped_steps'] = 1.0 - finite
         rates = make_rates(metrics['learning_rate'], state.step, ema_decay)
-        return branch(finite, update, skip, state, gradients, batch_stats, rates), metrics
+        return branch(finite, functools.partial(update, frozen), skip, state, gradients, batch_stats, rates), metrics
 
     return train_step
 

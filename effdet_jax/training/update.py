@@ -27,12 +27,12 @@ def make_rates(learning_rate: jax.Array, step: jax.Array, ema_decay: float) -> R
 
 
 def make_update(optimizer: optax.GradientTransformationExtraArgs, ema_decay: float) -> Callable[..., TrainState]:
-    """`update(state, gradients, batch_stats, rates)` -> the next state; `batch_stats` are those of this batch."""
+    """`update(frozen, state, gradients, batch_stats, rates)` -> the next state. `batch_stats`: this batch's."""
 
-    def update(state: TrainState, gradients: Any, batch_stats: Any, rates: Rates) -> TrainState:
+    def update(frozen: bool, state: TrainState, gradients: Any, batch_stats: Any, rates: Rates) -> TrainState:
         params = state.variables['params']
         updates, optimizer_state = optimizer.update(
-            gradients, state.optimizer, params, learning_rate=rates.learning_rate
+            gradients, state.optimizer, params, learning_rate=rates.learning_rate, frozen=frozen
         )
         variables: Variables = {
             'params': optax.apply_updates(params, updates),

@@ -272,6 +272,12 @@ def test_unfreezing_moves_parameters_and_statistics_again():
     assert len(moved(state.variables, after.variables)) == len(jax.tree.leaves(state.variables))
 
 
+def test_the_loop_unfreezes_and_not_the_count_of_updates_which_leaves_out_skipped_steps():
+    state, step = make(recipe(**{'train.freeze': 'backbone', 'train.unfreeze_epoch': 1.0}))
+    after, _ = step(state, BATCH, False)  # at update 0 of an epoch of 4, as after skipped steps
+    assert len(moved(state.variables, after.variables)) == len(jax.tree.leaves(state.variables))
+
+
 def test_frozen_batch_norm_uses_its_stored_statistics():
     state, step = make(recipe(**{'train.freeze': '.*bn'}))
     after, metrics = step(state, BATCH, True)
